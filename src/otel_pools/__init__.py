@@ -1,0 +1,14 @@
+"""Every connection pool in this process, visible through OpenTelemetry."""
+
+from ._config import Settings
+from ._doors import SQLAlchemyPoolInstrumentor, instrument, name_pool, uninstrument
+from ._version import __version__
+
+__all__ = [
+    "SQLAlchemyPoolInstrumentor",
+    "Settings",
+    "__version__",
+    "instrument",
+    "name_pool",
+    "uninstrument",
+]

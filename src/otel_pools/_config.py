@@ -1,0 +1,102 @@
+"""Arguments and environment variables become one frozen Settings; a wrong value is said and not used."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ._guard import logger
+from ._model import Identity
+
+PREFIX = "OTEL_POOLS_"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """
+    What a user can choose: each field is a keyword of `instrument` and, in capitals after
+    ``OTEL_POOLS_``, an environment variable. Lists are separated by commas there.
+
+    Attributes:
+        span_threshold: Seconds a checkout must have waited to be worth a span; 0 means every checkout.
+        metrics_exclude: Names of metrics not to emit.
+        targets: Libraries to watch, as in ``sqlalchemy``; empty means all.
+        names: Pool names by server, ``host[:port][/database]=name``.
+    """
+
+    span_threshold: float = 0.01
+    metrics_exclude: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+    def rename(self, identity: Identity) -> Identity:
+        """Give the pool the name that `names` has for its server, the most exact entry first."""
+        named = dict(pair.split("=", 1) for pair in self.names)
+        host = identity.address or ""
+        for server in (identity.server or host, host):
+            for key in (f"{server}/{identity.namespace}", server):
+                if key in named:
+                    return replace(identity, given=named[key])
+        return identity
+
+
+def _seconds(value: object) -> float:
+    seconds = float(value)  # type: ignore[arg-type]  # a wrong type is as wrong as a wrong number
+    if isinstance(value, bool) or not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(value)
+    return seconds
+
+
+def _words(value: object) -> tuple[str, ...]:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, Iterable):
+        raise TypeError(value)
+    listed = tuple(items)
+    if not all(isinstance(item, str) for item in listed):
+        raise TypeError(value)
+    return tuple(item.strip() for item in listed if item.strip())
+
+
+def _pairs(value: object) -> tuple[str, ...]:
+    if isinstance(value, Mapping):
+        value = tuple(f"{server}={name}" for server, name in value.items())
+    pairs = _words(value)
+    if not all(all(part.strip() for part in pair.partition("=")) for pair in pairs):
+        raise ValueError(value)
+    return pairs
+
+
+_READ: dict[str, tuple[Callable[[object], Any], str]] = {
+    "span_threshold": (_seconds, "a number of seconds, 0 or more"),
+    "metrics_exclude": (_words, "metric names separated by commas"),
+    "targets": (_words, "target names separated by commas"),
+    "names": (_pairs, "pairs host[:port][/database]=name separated by commas"),
+}
+
+
+def settings(given: Mapping[str, Any]) -> Settings:
+    """Read *given* and, for what is not given, the environment. Never raises."""
+    for unknown in given.keys() - _READ.keys():
+        known = ", ".join(_READ)
+        logger.warning("otel_pools has no setting %r; it is ignored (there are: %s)", unknown, known)
+    chosen: dict[str, Any] = {}
+    for field in fields(Settings):
+        variable = PREFIX + field.name.upper()
+        value, source = given.get(field.name), field.name
+        if value is None:
+            value, source = os.environ.get(variable, "").strip() or None, variable
+        if value is not None:
+            _choose(chosen, field.name, field.default, value, source)
+    return Settings(**chosen)
+
+
+def _choose(chosen: dict[str, Any], name: str, default: object, value: object, source: str) -> None:
+    read, wanted = _READ[name]
+    try:
+        chosen[name] = read(value)
+    except (TypeError, ValueError):
+        # Only the source is named: a value put into the wrong variable may be a secret.
+        logger.warning("otel_pools: %s must be %s; the default %r is used", source, wanted, default)

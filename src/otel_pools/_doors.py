@@ -1,0 +1,257 @@
+"""The ways in: one OpenTelemetry instrumentor per library, and `instrument()` for people."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from opentelemetry.instrumentation.dependencies import DependencyConflict, DependencyConflictError
+from opentelemetry.instrumentation.instrumentor import BaseInstrumentor
+from opentelemetry.metrics import MeterProvider
+from opentelemetry.trace import TracerProvider, get_tracer
+from packaging.requirements import Requirement
+from wrapt import when_imported
+
+from . import _guard
+from . import _vocabulary as words
+from ._config import Settings, settings
+from ._guard import guard, logger
+from ._instruments import Instruments, instruments
+from ._registry import Registry
+from ._spans import Spans
+from ._version import __version__
+from .targets import LIBRARIES, Target
+
+
+@dataclass
+class Configuration:
+    """
+    What a declarative configuration file may say about one of our instrumentors.
+
+    The fields are the keywords of `instrument`, in the types that JSON has.
+    """
+
+    span_threshold: float | None = None
+    metrics_exclude: list[str] | None = None
+    names: list[str] | None = None
+
+
+class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untyped upstream
+    """What the instrumentors of all libraries have in common; never made itself, or its children would be it."""
+
+    library: ClassVar[str]
+    configuration: ClassVar[type] = Configuration
+
+    _undo: ClassVar[ExitStack | None] = None
+    _registry: ClassVar[Registry | None] = None
+    _instruments: ClassVar[Instruments | None] = None
+
+    def instrumentation_dependencies(self) -> Collection[str]:
+        """The versions this was tested with; without an upper bound."""
+        return (LIBRARIES[self.library].requires,)
+
+    def instrument(
+        self,
+        *,
+        meter_provider: MeterProvider | None = None,
+        tracer_provider: TracerProvider | None = None,
+        **options: Any,
+    ) -> None:
+        """
+        Watch every pool of this library, those that exist included.
+
+        Args:
+            meter_provider: Where the metrics go; by default the global provider, even if it is set later.
+            tracer_provider: Where the spans go; likewise.
+            **options: The fields of `Settings`.
+
+        Raises:
+            ModuleNotFoundError: The library is not installed (only under ``opentelemetry-instrument``, which expects it).
+        """
+        if self.is_instrumented_by_opentelemetry:
+            # A declarative configuration file instruments first, and the auto-loader comes by again.
+            logger.debug("otel_pools: %s is instrumented already", self.library)
+            return
+        super().instrument(meter_provider=meter_provider, tracer_provider=tracer_provider, **options)
+
+    def uninstrument(self, **options: Any) -> None:
+        """Take every hook off: the library's own functions, the very same objects, are back."""
+        if self.is_instrumented_by_opentelemetry:
+            super().uninstrument(**options)
+
+    def _instrument(self, **options: Any) -> None:
+        _demand(self.library)
+        with guard(f"instrumenting {self.library}"):
+            self._open(**options)
+
+    def _open(self, meter_provider: MeterProvider | None, tracer_provider: TracerProvider | None, **given: Any) -> None:
+        cls, library = type(self), LIBRARIES[self.library]
+        chosen = settings(given)
+        if chosen.targets and self.library not in chosen.targets:
+            return
+        undo = ExitStack()
+        cls._undo = undo
+        existed = library.module in sys.modules
+
+        def imported(_: Any) -> None:
+            # Inside the app's own import statement: nothing of ours may come out of it.
+            with guard(f"instrumenting {self.library}"):
+                if cls._undo is undo:
+                    cls._attach(undo, chosen, meter_provider, tracer_provider, existed)
+
+        when_imported(library.module)(imported)
+
+    @classmethod
+    def _attach(
+        cls,
+        undo: ExitStack,
+        chosen: Settings,
+        meter_provider: MeterProvider | None,
+        tracer_provider: TracerProvider | None,
+        existed: bool,
+    ) -> None:
+        """Put the table's hooks on; the library has been imported by now."""
+        target: Target = importlib.import_module(LIBRARIES[cls.library].target).TARGET
+        tracer = get_tracer(f"otel_pools.{target.name}", __version__, tracer_provider, words.SCHEMA_URL)
+        registry = Registry(target, chosen, Spans(tracer, chosen.span_threshold))
+        undo.callback(registry.close)
+        for hook in target.hooks:
+            try:
+                undo.callback(hook.install(registry))
+            except (LookupError, ImportError):
+                logger.warning("otel_pools: this %s has no %s; %s goes unseen", target.name, hook.where, hook.verb)
+        if existed:
+            with guard(f"looking for pools of {target.name}"):
+                target.discover(registry)
+        cls._registry = registry
+        cls._instruments = instruments(target.name, meter_provider, frozenset(chosen.metrics_exclude))
+        cls._instruments.registry = registry
+
+    def _uninstrument(self, **_: Any) -> None:
+        cls = type(self)
+        undo, cls._undo = cls._undo, None
+        made, cls._instruments = cls._instruments, None
+        cls._registry = None
+        with guard(f"uninstrumenting {self.library}"):
+            if made is not None:
+                made.registry = None
+            if undo is not None:
+                undo.close()
+        _guard.forget()
+
+
+class SQLAlchemyPoolInstrumentor(PoolInstrumentor):
+    """Watches every SQLAlchemy pool: of engines sync and asyncio, made before or after, and of no engine."""
+
+    library = "sqlalchemy"
+
+
+INSTRUMENTORS: dict[str, type[PoolInstrumentor]] = {"sqlalchemy": SQLAlchemyPoolInstrumentor}
+
+
+def _demand(name: str) -> None:
+    """
+    Check that the library is there and new enough, without importing it.
+
+    The auto-loader checks only the distribution, whose extras name any one of
+    our libraries; and these two errors are the only ones it survives.
+    """
+    library = LIBRARIES[name]
+    if library.module not in sys.modules and importlib.util.find_spec(library.module) is None:
+        raise ModuleNotFoundError(f"{library.module} is not installed", name=library.module)
+    wanted = Requirement(library.requires)
+    try:
+        found = importlib.metadata.version(wanted.name)
+    except importlib.metadata.PackageNotFoundError:
+        return  # vendored: its table will tell what fits
+    if not wanted.specifier.contains(found, prereleases=True):
+        raise DependencyConflictError(DependencyConflict(library.requires, f"{wanted.name} {found}"))
+
+
+def instrument(
+    *targets: str,
+    meter_provider: MeterProvider | None = None,
+    tracer_provider: TracerProvider | None = None,
+    **options: Any,
+) -> None:
+    """
+    Watch the pools of these libraries, or of all we know.
+
+    Never raises: what cannot be watched is said in the log, and the
+    application runs on.
+
+    Args:
+        *targets: As in ``"sqlalchemy"``; by default, every library that is installed.
+        meter_provider: Where the metrics go; by default the global provider, even if it is set later.
+        tracer_provider: Where the spans go; likewise.
+        **options: The fields of `Settings`, as in ``span_threshold=0.05``.
+    """
+    for name in targets or INSTRUMENTORS:
+        _instrument(name, bool(targets), meter_provider=meter_provider, tracer_provider=tracer_provider, **options)
+
+
+def _instrument(name: str, asked_for: bool, **options: Any) -> None:
+    if name not in INSTRUMENTORS:
+        logger.warning("otel_pools knows no target %r (there are: %s)", name, ", ".join(INSTRUMENTORS))
+        return
+    try:
+        INSTRUMENTORS[name]().instrument(skip_dep_check=True, **options)
+    except ModuleNotFoundError:
+        _missing(name, asked_for)
+    except DependencyConflictError as conflict:
+        logger.warning("otel_pools: %s goes unseen: %s", name, conflict)
+
+
+def _missing(name: str, asked_for: bool) -> None:
+    if asked_for:
+        hint = f"pip install 'otel-pools[{LIBRARIES[name].extra}]'"
+        logger.warning("otel_pools: %s is not installed; try: %s", name, hint)
+    else:
+        logger.debug("otel_pools: %s is not installed", name)
+
+
+def uninstrument(*targets: str) -> None:
+    """Stop watching these libraries, or all; without effect on those that are not watched."""
+    for name in targets or INSTRUMENTORS:
+        if name in INSTRUMENTORS:
+            INSTRUMENTORS[name]().uninstrument()
+
+
+def name_pool(thing: Any, name: str) -> None:
+    """
+    Give a pool the name that its metrics, spans and logs will carry.
+
+    Args:
+        thing: An engine, sync or asyncio, or a pool.
+        name: Stable and not unique to the process: equal names add up.
+
+    Raises:
+        TypeError: *thing* is nothing that has a pool we know.
+    """
+    for library in LIBRARIES.values():
+        if library.module in sys.modules:
+            target: Target = importlib.import_module(library.target).TARGET
+            if _named(target, thing, name):
+                return
+    raise TypeError(f"no pool we know: {type(thing).__qualname__}")
+
+
+def _named(target: Target, thing: Any, name: str) -> bool:
+    try:
+        pool = target.pool_of(thing)
+    except TypeError:
+        return False
+    if target.name_pool is not None:
+        target.name_pool(pool, name)
+    registry = INSTRUMENTORS[target.name]._registry
+    if registry is not None:
+        registry.rename(pool)
+    return True
+
+

@@ -1,0 +1,64 @@
+"""The wall between our mistakes and the application: logged once per kind, never raised into the host."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger("otel_pools")
+
+# Our own tests set this, so that a mistake of ours is loud at home.
+loud = False
+
+_said: set[str] = set()
+_later: deque[tuple[str, Exception]] = deque(maxlen=100)
+
+
+def once(kind: str, message: str, *args: object, level: int = logging.WARNING) -> None:
+    """Log *message* the first time something of this *kind* happens."""
+    if kind not in _said:
+        _said.add(kind)
+        logger.log(level, message, *args)
+
+
+def lost(kind: str, error: Exception) -> None:
+    """Say that *error* of ours cost a measurement; the application is fine."""
+    if loud:
+        raise error
+    where = f"{kind}: {type(error).__qualname__}"
+    once(where, "otel_pools lost a measurement (%s: %s); your application is not affected", where, error)
+
+
+def lost_quietly(kind: str, error: Exception) -> None:
+    """
+    Like `lost`, where logging is not allowed: the collector says it later.
+
+    A garbage collector may run the release path inside a logging handler's or
+    an exporter's lock; taking that lock again would hang the host for good.
+    """
+    if loud:
+        raise error
+    _later.append((kind, error))
+
+
+def speak() -> None:
+    """Log what `lost_quietly` was told."""
+    while _later:
+        lost(*_later.popleft())
+
+
+@contextmanager
+def guard(kind: str) -> Iterator[None]:
+    """Swallow any `Exception` of ours; never a `BaseException`, which belongs to the host."""
+    try:
+        yield
+    except Exception as error:
+        lost(kind, error)
+
+
+def forget() -> None:
+    """Start over, as after `uninstrument`: the next mistake of each kind is said again."""
+    _said.clear()
+    _later.clear()

@@ -1,0 +1,123 @@
+"""The vocabulary's rows as live OpenTelemetry instruments over the registry."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter
+
+from . import _guard
+from . import _vocabulary as words
+from ._model import Identity, Reading
+from ._registry import Registry
+from ._version import __version__
+from ._vocabulary import CREATE, METRICS, USE, WAIT, Kind, Metric
+
+Callback = Callable[[CallbackOptions], Iterable[Observation]]
+
+
+class Instruments:
+    """
+    The instruments of one target at one meter provider; made once and kept for ever.
+
+    The SDK silently drops the second callback of an instrument and can never
+    remove the first, so re-instrumenting must find this object again. What
+    changes is the registry it reads: none while we are switched off.
+
+    One collection runs the callbacks in the order of creation. The first one
+    takes all readings and delivers all samples; the others only pick from
+    them, so the numbers of one export belong to the same moment, and so many
+    pools are read once and not once per metric.
+    """
+
+    def __init__(self, target: str, meter: Meter, excluded: frozenset[str]) -> None:
+        self.registry: Registry | None = None
+        self._target = target
+        self._readings: list[tuple[Identity, Reading]] = []
+        self._samples = [_histogram(meter, row, excluded) for row in (WAIT, USE, CREATE)]
+        collect: Callable[[], None] = self._collect
+        for row in _observables(excluded):
+            _create(meter, row)(row.name, [self._observe(row, collect)], unit=row.unit, description=row.description)
+            collect = _nothing
+
+    def __repr__(self) -> str:
+        return f"<Instruments of {self._target} [{self.registry or 'no registry'}]>"
+
+    def _collect(self) -> None:
+        """Deliver first, so that the counters and the histograms of one export agree."""
+        _guard.speak()
+        registry, self._readings = self.registry, []
+        if registry is None:
+            return
+        for ledger in list(registry.ledgers.values()):
+            with _guard.guard("delivery"):
+                ledger.outbox.deliver(*self._samples, words.attributes(ledger.identity, words.SEMCONV_POOL))
+        self._readings = [(ledger.identity, reading) for ledger, reading in registry.readings()]
+
+    def _observe(self, row: Metric, collect: Callable[[], None]) -> Callback:
+        def observe(_: CallbackOptions) -> Iterable[Observation]:
+            observations: list[Observation] = []
+            with _guard.guard(row.name):
+                collect()
+                for identity, reading in self._readings:
+                    observations += _observations(row, identity, reading)
+            return observations
+
+        return observe
+
+
+def _observations(row: Metric, identity: Identity, reading: Reading) -> Iterable[Observation]:
+    assert row.points is not None
+    whose = words.attributes(identity, row.pool_key)
+    for value, extra in row.points(reading):
+        if value is not None:
+            yield Observation(value, {**whose, **extra})
+
+
+def _observables(excluded: frozenset[str]) -> list[Metric]:
+    """The rows to be read; one must remain, as it is what makes a collection reach us."""
+    rows = [row for row in METRICS if row.points is not None]
+    return [row for row in rows if row.name not in excluded] or rows[-1:]
+
+
+def _create(meter: Meter, row: Metric) -> Callable[..., Any]:
+    # Counts are never gauges: of two equal series a gauge keeps the last, a sum adds them.
+    return {
+        Kind.COUNTER: meter.create_observable_counter,
+        Kind.UP_DOWN: meter.create_observable_up_down_counter,
+        Kind.GAUGE: meter.create_observable_gauge,
+    }[row.kind]
+
+
+class _Unwanted:
+    """A histogram nobody wants."""
+
+    def record(self, amount: float, attributes: Mapping[str, Any] | None = None, context: Any = None) -> None:
+        """Do nothing: an SDK call costs the same whether or not a view drops it."""
+
+
+def _histogram(meter: Meter, row: Metric, excluded: frozenset[str]) -> Any:
+    if row.name in excluded:
+        return _Unwanted()
+    return meter.create_histogram(
+        row.name, unit=row.unit, description=row.description, explicit_bucket_boundaries_advisory=words.BUCKETS
+    )
+
+
+def _nothing() -> None:
+    pass
+
+
+_made: weakref.WeakKeyDictionary[MeterProvider, dict[str, Instruments]] = weakref.WeakKeyDictionary()
+_global: dict[str, Instruments] = {}
+
+
+def instruments(target: str, provider: MeterProvider | None, excluded: frozenset[str]) -> Instruments:
+    """The instruments of *target* at this provider (None: the global one, even before it is set)."""
+    made = _global if provider is None else _made.setdefault(provider, {})
+    if target not in made:
+        meter = get_meter(f"otel_pools.{target}", __version__, provider, words.SCHEMA_URL)
+        made[target] = Instruments(target, meter, excluded)
+    return made[target]

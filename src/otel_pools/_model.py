@@ -1,0 +1,129 @@
+"""The nouns: who a pool is, what it says about itself, and what has happened to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """
+    How one pool is told apart from every other.
+
+    Made of host, port, database and names only, because a URL never travels:
+    what is not in here (user, password, query string) cannot leak from here.
+
+    Attributes:
+        library: The library the pool belongs to, as in ``sqlalchemy``.
+        system: ``db.system.name``, as in ``postgresql``.
+        given: The name somebody gave the pool, if anybody did.
+        namespace: ``db.namespace``: the database.
+        address: ``server.address``: a host, a socket path, or ``a:1,b:2`` for many.
+        port: ``server.port``; None where it is the system's default.
+    """
+
+    library: str
+    system: str
+    given: str | None = None
+    namespace: str | None = None
+    address: str | None = None
+    port: int | None = None
+
+    @property
+    def name(self) -> str:
+        """
+        The pool's name, by the fallback of semantic-conventions #4097.
+
+        Given name, else database, else server, else system, else library.
+        Never an id or a sequence: pools with equal names add up.
+        """
+        return self.given or self.namespace or self.server or self.system or self.library
+
+    @property
+    def server(self) -> str | None:
+        """``host:port``, or the host alone on its default port."""
+        if self.address is None or self.port is None:
+            return self.address
+        return f"{self.address}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """
+    What a pool says about itself, read at one moment, in connections.
+
+    None means "this library cannot tell", or "there is no such limit";
+    nothing is reported for it.
+
+    Attributes:
+        used: Open connections that somebody holds.
+        idle: Open connections that nobody holds; idle means *an open socket*.
+        max: The most that may be open at once.
+        idle_max: The most that are kept open while nobody holds them.
+        idle_min: The fewest that are kept open.
+        pending: Requests that wait for a connection to come back.
+        overflow: Open connections beyond the pool's base size.
+        overflow_max: The most of those.
+    """
+
+    used: int | None = None
+    idle: int | None = None
+    max: int | None = None
+    idle_max: int | None = None
+    idle_min: int | None = None
+    pending: int | None = None
+    overflow: int | None = None
+    overflow_max: int | None = None
+
+    def __add__(self, other: Snapshot) -> Snapshot:
+        """Both pools together: a number only one of them can tell is that one's."""
+        return Snapshot(*(_add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+def _add(one: int | None, other: int | None) -> int | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """
+    What has happened under one pool name since we first saw it.
+
+    Attributes:
+        checkouts: How many attempts, by path (idle, new, queued) and error type (None: it worked).
+        timeouts: How many of them ended because the pool's own timeout did.
+        created: Connections opened.
+        closed: Connections closed, by reason.
+        dropped: Samples we could not keep until somebody collected them.
+    """
+
+    checkouts: Mapping[tuple[str, str | None], int] = field(default_factory=dict)
+    timeouts: int = 0
+    created: int = 0
+    closed: Mapping[str, int] = field(default_factory=dict)
+    dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """
+    Everything to be said about one pool name at one collection.
+
+    Attributes:
+        snapshot: All live pools of that name, added up.
+        tally: What has happened under that name.
+        pools: How many live pools bear it; this and the following are None when the last one is gone.
+        peak: The highest ``used`` since the previous collection.
+        oldest_wait: Age of the oldest request without a connection yet, in seconds.
+        oldest_use: Age of the oldest checkout, in seconds.
+    """
+
+    snapshot: Snapshot
+    tally: Tally
+    pools: int | None = None
+    peak: int | None = None
+    oldest_wait: float | None = None
+    oldest_use: float | None = None

@@ -1,0 +1,115 @@
+"""Samples on their way: appended on the request path, counted and delivered when metrics are collected."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from threading import Lock
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from . import _vocabulary as words
+from ._model import Tally
+
+# Enough for 2000 checkouts a second at the SDK's default of one collection a minute; about 4 MiB.
+LIMIT = 2**17
+
+T = TypeVar("T")
+
+
+class Note(NamedTuple):
+    """A wait with a story: not served at once by an idle connection, or slow, or failed."""
+
+    seconds: float
+    path: str
+    error: str | None
+    context: Any
+
+
+class Histogram(Protocol):
+    """The part of an OpenTelemetry histogram that delivery needs."""
+
+    def record(
+        self, amount: float, attributes: Mapping[str, str | int] | None = None, context: Any = None
+    ) -> None: ...
+
+
+class Outbox:
+    """
+    What happened under one pool name and nobody has collected yet.
+
+    The four lists are the whole interface to the request and release paths:
+    those only ever `append`, which is atomic, so a finaliser may run them
+    inside anything, and they need no lock.
+    """
+
+    __slots__ = ("_checkouts", "_closed", "_created", "_dropped", "_folding", "closes", "creates", "notes", "uses", "waits")
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []  # of the common kind: an idle connection, at once
+        self.notes: list[Note] = []  # of every other kind
+        self.uses: list[float] = []
+        self.creates: list[float] = []
+        self.closes: list[str] = []
+        self._checkouts: Counter[tuple[str, str | None]] = Counter()
+        self._closed: Counter[str] = Counter()
+        self._created = 0
+        self._dropped = 0
+        self._folding = Lock()
+
+    def __repr__(self) -> str:
+        return f"<Outbox [{self._waiting()} samples waiting, {self._dropped} dropped]>"
+
+    def _waiting(self) -> int:
+        return len(self.waits) + len(self.notes) + len(self.uses) + len(self.creates)
+
+    def deliver(self, wait: Histogram, use: Histogram, create: Histogram, identity: Mapping[str, str | int]) -> None:
+        """Record everything that is waiting; called inside a collection, so it is part of that export."""
+        waits, notes, uses, creates = self._fold()
+        idle = {**identity, words.PATH: words.IDLE}
+        for histogram, samples, attributes in ((wait, waits, idle), (use, uses, identity), (create, creates, identity)):
+            for seconds in samples:
+                histogram.record(seconds, attributes)
+        for note in notes:
+            told = {**identity, words.PATH: note.path}
+            if note.error is not None:
+                told[words.ERROR] = note.error
+            wait.record(note.seconds, told, note.context)
+
+    def spill(self) -> None:
+        """
+        Make room when nobody collects: what is dropped is still counted.
+
+        Called on the request path, hence never waits: whoever comes second
+        while a collection or another spill is at it simply goes on.
+        """
+        if self._folding.acquire(blocking=False):
+            try:
+                self._dropped += sum(map(len, self._take()))
+            finally:
+                self._folding.release()
+
+    def tally(self) -> Tally:
+        """What has been counted so far."""
+        timeouts = sum(count for (_, error), count in self._checkouts.items() if error == words.TIMEOUT)
+        return Tally(dict(self._checkouts), timeouts, self._created, dict(self._closed), self._dropped)
+
+    def _fold(self) -> tuple[list[float], list[Note], list[float], list[float]]:
+        with self._folding:
+            return self._take()
+
+    def _take(self) -> tuple[list[float], list[Note], list[float], list[float]]:
+        """Empty the lists and count what was in them."""
+        waits, notes, uses, creates = _cut(self.waits), _cut(self.notes), _cut(self.uses), _cut(self.creates)
+        if waits:
+            self._checkouts[words.IDLE, None] += len(waits)
+        self._checkouts.update((note.path, note.error) for note in notes)
+        self._created += len(creates)
+        self._closed.update(_cut(self.closes))
+        return waits, notes, uses, creates
+
+
+def _cut(samples: list[T]) -> list[T]:
+    """Take what is there now; whatever is appended meanwhile stays for the next time."""
+    taken = samples[:]
+    del samples[: len(taken)]
+    return taken

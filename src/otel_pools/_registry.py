@@ -1,0 +1,178 @@
+"""The pools of one library that are alive in this process, held weakly; and what becomes of them at fork."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ._guard import guard, lost_quietly
+from ._model import Identity, Reading, Snapshot
+from ._watch import KeyedRef, Ledger, Watch, age, clock
+
+if TYPE_CHECKING:
+    from ._config import Settings
+    from ._spans import Spans
+    from .targets import Target
+
+
+class Registry:
+    """
+    Every pool of one target.
+
+    Keyed by `id`, so that nothing is written into the host's objects (a pool
+    may be copied or pickled) and nothing is asked of their `__eq__`. A weak
+    reference removes an entry before its id can be used again.
+
+    There is no lock: meeting a pool may happen in a finaliser. `dict`'s own
+    operations are atomic, and `setdefault` settles who was first.
+    """
+
+    __slots__ = ("__weakref__", "_spans", "active", "ledgers", "resting", "settings", "sighted", "target", "watches")
+
+    def __init__(self, target: Target, settings: Settings, spans: Spans) -> None:
+        self.target = target
+        self.settings = settings
+        self._spans = spans
+        self.watches: dict[int, Watch] = {}  # those that hand out connections
+        self.resting: dict[int, Watch] = {}  # those that were replaced, until their last connection is gone
+        self.sighted: dict[int, KeyedRef] = {}  # those we know of and have not met
+        self.ledgers: dict[Identity, Ledger] = {}
+        self.active = True
+        _alive.add(self)
+
+    def __repr__(self) -> str:
+        state = "" if self.active else ", inactive"
+        return f"<Registry {self.target.name} [{len(self.watches)} pools, {len(self.resting)} resting{state}]>"
+
+    # -- on the host's paths ---------------------------------------------------
+
+    def sight(self, pool: Any) -> None:
+        """Know that *pool* exists; who it is will be clear once it is complete."""
+        if self.active and id(pool) not in self.watches:
+            self.sighted[id(pool)] = KeyedRef(pool, self._gone)
+
+    def meet(self, pool: Any) -> Watch | None:
+        """Our record of *pool*, made or woken if need be; None if we are switched off or cannot."""
+        if not self.active:
+            return None
+        watch = self.resting.pop(id(pool), None)
+        if watch is not None:
+            watch.closed_down = False
+            return self.watches.setdefault(id(pool), watch)
+        try:
+            return self._meet(pool)
+        except Exception as error:
+            lost_quietly(f"meeting a {type(pool).__qualname__}", error)
+            return None
+
+    def find(self, pool: Any) -> Watch | None:
+        """Our record of *pool* wherever it is; met now if it is new."""
+        return self.watches.get(id(pool)) or self.resting.get(id(pool)) or self.meet(pool)
+
+    def close_down(self, pool: Any) -> None:
+        """*pool* hands out no more connections; those that are out still count."""
+        watch = self.watches.pop(id(pool), None)
+        self.sighted.pop(id(pool), None)
+        if watch is not None:
+            watch.closed_down = True
+            self.resting[id(pool)] = watch
+
+    def _meet(self, pool: Any) -> Watch:
+        ref = KeyedRef(pool, self._gone)
+        watch = Watch(ref, self._ledger(pool), self.target.read, self._spans)
+        watch = self.watches.setdefault(id(pool), watch)
+        self.sighted.pop(id(pool), None)
+        for connection in self.target.members(pool):
+            watch.met(connection)
+        return watch
+
+    def _ledger(self, pool: Any) -> Ledger:
+        identity = self.settings.rename(self.target.identify(pool))
+        return self.ledgers.setdefault(identity, Ledger(identity))
+
+    def _gone(self, ref: KeyedRef) -> None:
+        for table in (self.watches, self.resting, self.sighted):
+            table.pop(ref.key, None)
+
+    # -- when somebody asks ----------------------------------------------------
+
+    def pools(self) -> list[Watch]:
+        """Every pool alive, those just sighted included."""
+        for ref in list(self.sighted.values()):
+            pool = ref()
+            if pool is not None and self.target.complete(pool):
+                self.meet(pool)
+        return [*self.watches.values(), *self.resting.values()]
+
+    def readings(self) -> Iterator[tuple[Ledger, Reading]]:
+        """One reading per pool name; each pool is read once."""
+        now: dict[int, tuple[Snapshot, int]] = {}
+        for watch in self.pools():
+            snapshot, pools = now.get(id(watch.ledger), (Snapshot(), 0))
+            now[id(watch.ledger)] = (snapshot + watch.snapshot(), pools + (not watch.closed_down))
+        for ledger in list(self.ledgers.values()):
+            with guard("a reading"):
+                yield ledger, _reading(ledger, *now.get(id(ledger), (Snapshot(), None)))
+
+    # -- when things change ----------------------------------------------------
+
+    def rename(self, pool: Any) -> None:
+        """The user gave *pool* a name after we had met it: move it, and who holds it, to that name."""
+        old = self.watches.pop(id(pool), None)
+        if old is None:
+            return
+        new = self._meet(pool)
+        for connection in old.connections():
+            new.met(connection)
+            since = old.leases.pop(id(connection), None)
+            if since is not None:
+                new.leases[id(connection)] = since
+
+    def close(self) -> None:
+        """Forget everything; hooks that could not be taken off find nothing and pass through."""
+        self.active = False
+        for table in (self.watches, self.resting, self.sighted, self.ledgers):
+            table.clear()
+
+    def after_fork(self) -> None:
+        """
+        Start over in a child process.
+
+        Who waits and holds belongs to the parent's threads, and so do the
+        samples: the parent exports them. Pools are sighted again, so that one
+        the child has inherited is met as the child finds it.
+        """
+        pools = [pool for watch in list(self.watches.values()) if (pool := watch.pool()) is not None]
+        for table in (self.watches, self.resting, self.ledgers):
+            table.clear()
+        for pool in pools:
+            self.sight(pool)
+
+
+def _reading(ledger: Ledger, snapshot: Snapshot, pools: int | None) -> Reading:
+    if pools is None:  # none is left: only what has happened remains to be told
+        return Reading(snapshot, ledger.outbox.tally())
+    now = clock()
+    return Reading(
+        snapshot=snapshot,
+        tally=ledger.outbox.tally(),
+        pools=pools,
+        peak=ledger.take_peak(snapshot.used or 0),
+        oldest_wait=age(ledger.waiting.values(), now),
+        oldest_use=age(ledger.leases.values(), now),
+    )
+
+
+_alive: weakref.WeakSet[Registry] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for registry in list(_alive):
+        with guard("fork"):
+            registry.after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)

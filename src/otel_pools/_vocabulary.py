@@ -1,0 +1,249 @@
+"""Every name we emit: the metrics, one row each, and the attributes, spans and words in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from ._model import Identity, Reading
+
+SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
+
+# Identity, on every series. The pool's name has two keys, as semconv owns only the first.
+SEMCONV_POOL = "db.client.connection.pool.name"
+OUR_POOL = "otel_pools.pool.name"
+SYSTEM = "db.system.name"
+NAMESPACE = "db.namespace"
+ADDRESS = "server.address"
+PORT = "server.port"
+
+# What a single series adds to it.
+STATE = "db.client.connection.state"
+ERROR = "error.type"
+PATH = "otel_pools.checkout.path"
+REASON = "otel_pools.close.reason"
+
+# How a checkout got its connection (PATH).
+IDLE, NEW, QUEUED = "idle", "new", "queued"
+PATHS = (IDLE, NEW, QUEUED)
+
+# Why it got none (ERROR); anything else is the class name of the error.
+TIMEOUT, EXHAUSTED, CANCELLED, CONNECT_ERROR = "timeout", "exhausted", "cancelled", "connect_error"
+
+# Why a connection was closed (REASON).
+REASONS = ("recycle", "idle", "overflow", "invalidated", "pre_ping", "reset", "error", "goaway", "dispose", "closed")
+
+# Seconds. The SDK's default buckets are made for milliseconds: its first bound would be 5 s.
+BUCKETS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0)
+
+
+def span_name(identity: Identity) -> str:
+    """The name of the span of one wait."""
+    return f"acquire {identity.name}"
+
+
+class Kind(Enum):
+    """The OpenTelemetry instrument of a metric, named as the specification does."""
+
+    COUNTER = "Counter"
+    UP_DOWN = "UpDownCounter"
+    GAUGE = "Gauge"
+    HISTOGRAM = "Histogram"
+
+
+Value = int | float | None
+Points = Iterable[tuple[Value, Mapping[str, str]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """
+    One metric: what it is called, and how its points follow from a reading.
+
+    Attributes:
+        keys: The attributes its points carry beside the identity.
+        points: From a reading to (value, attributes); None for histograms, whose samples come one by one.
+    """
+
+    name: str
+    kind: Kind
+    unit: str
+    description: str
+    points: Callable[[Reading], Points] | None = None
+    keys: tuple[str, ...] = ()
+
+    @property
+    def pool_key(self) -> str:
+        """The attribute that holds the pool's name on this metric."""
+        return SEMCONV_POOL if self.name.startswith("db.client.connection.") else OUR_POOL
+
+
+def _one(value: Callable[[Reading], Value]) -> Callable[[Reading], Points]:
+    return lambda reading: ((value(reading), {}),)
+
+
+def _checkouts(reading: Reading) -> Points:
+    # Paths start at zero, so that the first checkout is an increase too.
+    counts = {**{(path, None): 0 for path in PATHS}, **reading.tally.checkouts}
+    return [(count, {PATH: path, ERROR: error} if error else {PATH: path}) for (path, error), count in counts.items()]
+
+
+WAIT = Metric(
+    "db.client.connection.wait_time",
+    Kind.HISTOGRAM,
+    "s",
+    "The time it took to obtain an open connection from the pool.",
+    keys=(PATH, ERROR),
+)
+USE = Metric(
+    "db.client.connection.use_time",
+    Kind.HISTOGRAM,
+    "s",
+    "The time between borrowing a connection and returning it to the pool.",
+)
+CREATE = Metric(
+    "db.client.connection.create_time",
+    Kind.HISTOGRAM,
+    "s",
+    "The time it took to create a new connection.",
+)
+
+# Names, units and descriptions of the first nine are those of semantic conventions 1.44 (tested against them).
+DB = (
+    Metric(
+        "db.client.connection.count",
+        Kind.UP_DOWN,
+        "{connection}",
+        "The number of connections that are currently in state described by the `state` attribute.",
+        lambda r: ((r.snapshot.used, {STATE: "used"}), (r.snapshot.idle, {STATE: "idle"})),
+        (STATE,),
+    ),
+    Metric(
+        "db.client.connection.max",
+        Kind.UP_DOWN,
+        "{connection}",
+        "The maximum number of open connections allowed.",
+        _one(lambda r: r.snapshot.max),
+    ),
+    Metric(
+        "db.client.connection.idle.max",
+        Kind.UP_DOWN,
+        "{connection}",
+        "The maximum number of idle open connections allowed.",
+        _one(lambda r: r.snapshot.idle_max),
+    ),
+    Metric(
+        "db.client.connection.idle.min",
+        Kind.UP_DOWN,
+        "{connection}",
+        "The minimum number of idle open connections allowed.",
+        _one(lambda r: r.snapshot.idle_min),
+    ),
+    Metric(
+        "db.client.connection.pending_requests",
+        Kind.UP_DOWN,
+        "{request}",
+        "The number of current pending requests for an open connection.",
+        _one(lambda r: r.snapshot.pending),
+    ),
+    Metric(
+        "db.client.connection.timeouts",
+        Kind.COUNTER,
+        "{timeout}",
+        "The number of connection timeouts that have occurred trying to obtain a connection from the pool.",
+        _one(lambda r: r.tally.timeouts),
+    ),
+    WAIT,
+    USE,
+    CREATE,
+)
+
+EVERY = (
+    Metric(
+        "otel_pools.checkouts",
+        Kind.COUNTER,
+        "{checkout}",
+        "Attempts to obtain a connection, by the path that served them and by error.",
+        _checkouts,
+        (PATH, ERROR),
+    ),
+    Metric(
+        "otel_pools.connection.overflow",
+        Kind.UP_DOWN,
+        "{connection}",
+        "Open connections beyond the base size of the pool.",
+        _one(lambda r: r.snapshot.overflow),
+    ),
+    Metric(
+        "otel_pools.connection.overflow.max",
+        Kind.UP_DOWN,
+        "{connection}",
+        "The maximum number of connections beyond the base size of the pool.",
+        _one(lambda r: r.snapshot.overflow_max),
+    ),
+    Metric(
+        "otel_pools.connection.peak",
+        Kind.GAUGE,
+        "{connection}",
+        "The highest number of connections in use at once since the previous collection.",
+        _one(lambda r: r.peak),
+    ),
+    Metric(
+        "otel_pools.connection.created",
+        Kind.COUNTER,
+        "{connection}",
+        "Connections opened.",
+        _one(lambda r: r.tally.created),
+    ),
+    Metric(
+        "otel_pools.connection.closed",
+        Kind.COUNTER,
+        "{connection}",
+        "Connections closed, by reason.",
+        lambda r: [(count, {REASON: reason}) for reason, count in r.tally.closed.items()],
+        (REASON,),
+    ),
+    Metric(
+        "otel_pools.wait.oldest",
+        Kind.GAUGE,
+        "s",
+        "The age of the oldest request that has no connection yet.",
+        _one(lambda r: r.oldest_wait),
+    ),
+    Metric(
+        "otel_pools.use.oldest",
+        Kind.GAUGE,
+        "s",
+        "The age of the oldest checkout.",
+        _one(lambda r: r.oldest_use),
+    ),
+    Metric(
+        "otel_pools.pools",
+        Kind.UP_DOWN,
+        "{pool}",
+        "Live pools under this name.",
+        _one(lambda r: r.pools),
+    ),
+    Metric(
+        "otel_pools.samples.dropped",
+        Kind.COUNTER,
+        "{sample}",
+        "Samples of ours that were lost before anybody collected them.",
+        _one(lambda r: r.tally.dropped),
+    ),
+)
+
+METRICS = (*DB, *EVERY)
+
+
+def attributes(identity: Identity, pool_key: str) -> dict[str, str | int]:
+    """What every series of this pool carries; what the library cannot tell is left out."""
+    known = {
+        pool_key: identity.name,
+        SYSTEM: identity.system,
+        NAMESPACE: identity.namespace,
+        ADDRESS: identity.address,
+        PORT: identity.port,
+    }
+    return {key: value for key, value in known.items() if value is not None}

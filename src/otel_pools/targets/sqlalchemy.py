@@ -1,0 +1,376 @@
+"""SQLAlchemy: the pool of every engine, sync or asyncio, and pools without an engine."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import AssertionPool, NullPool, Pool, QueuePool, SingletonThreadPool, StaticPool
+from sqlalchemy.pool.base import _ConnectionRecord
+
+from .. import _vocabulary as words
+from .._guard import lost_quietly
+from .._hooks import Undo, acquire, after, close, create, queue, release, replace
+from .._model import Identity, Snapshot
+from . import Target
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+    from .._registry import Registry
+    from .._watch import Watch
+
+# -- who a pool is -----------------------------------------------------------------
+
+# A pool does not know its URL. Its dialect belongs to one engine and is the
+# same object in the pool that `dispose()` puts in its place, so it is the key.
+_engines: WeakKeyDictionary[Any, tuple[Identity, str | None]] = WeakKeyDictionary()
+_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+# From the backend of a URL to `db.system.name` and its default port.
+SYSTEMS: dict[str, tuple[str, int | None]] = {
+    "postgresql": ("postgresql", 5432),
+    "mysql": ("mysql", 3306),
+    "mariadb": ("mariadb", 3306),
+    "mssql": ("microsoft.sql_server", 1433),
+    "oracle": ("oracle.db", 1521),
+    "sqlite": ("sqlite", None),
+    "cockroachdb": ("cockroachdb", 26257),
+    "redshift": ("aws.redshift", 5439),
+    "trino": ("trino", None),
+    "clickhouse": ("clickhouse", None),
+    "db2": ("ibm.db2", 50000),
+    "hana": ("sap.hana", None),
+    "teradatasql": ("teradata", None),
+    "firebird": ("firebirdsql", 3050),
+}
+OTHER = "other_sql"
+
+
+def remember(registry: Registry, engine: Engine, *args: Any, **kwargs: Any) -> None:
+    """Note where an engine's pools connect to: the parts of the URL that are no secret."""
+    _engines[engine.dialect] = _located(engine.url), engine.logging_name
+    registry.sight(engine.pool)
+
+
+def _located(url: URL) -> Identity:
+    system, default = SYSTEMS.get(url.get_backend_name(), (OTHER, None))
+    host, port = _server(url, default)
+    return Identity(
+        library="sqlalchemy",
+        system=system,
+        namespace=_database(url),
+        address=host,
+        port=None if port == default else port,
+    )
+
+
+def _server(url: URL, default: int | None) -> tuple[str | None, int | None]:
+    """Host and port; a URL that names several hosts keeps them in its query, as libpq does."""
+    hosts = _listed(url, "host")
+    if url.host or not hosts:
+        return url.host, url.port
+    ports = _listed(url, "port") or [""]
+    if len(hosts) == 1:
+        host, _, port = hosts[0].rpartition(":") if _has_port(hosts[0]) else (hosts[0], "", ports[0])
+        return host, int(port) if port.isdigit() else url.port
+    pairs = [host if _has_port(host) else f"{host}:{port or default}" for host, port in _aligned(hosts, ports)]
+    return ",".join(pairs), None
+
+
+def _listed(url: URL, key: str) -> list[str]:
+    value = url.query.get(key, ())
+    values = (value,) if isinstance(value, str) else value
+    return [item for entry in values for item in entry.split(",")] if any(values) else []
+
+
+def _aligned(hosts: list[str], ports: list[str]) -> Iterable[tuple[str, str]]:
+    return zip(hosts, ports if len(ports) == len(hosts) else ports[:1] * len(hosts), strict=True)
+
+
+def _has_port(host: str) -> bool:
+    name, colon, port = host.rpartition(":")
+    return bool(colon) and port.isdigit() and (":" not in name or name.endswith("]"))
+
+
+def _database(url: URL) -> str | None:
+    """The database, or Oracle's service; of a SQLite file the name alone, as its folders are nobody's business."""
+    backend, database = url.get_backend_name(), url.database or None
+    if backend == "oracle":
+        service = url.query.get("service_name") or url.query.get("sid") or database
+        return service if isinstance(service, str) else database
+    if backend != "sqlite" or database is None or database == ":memory:":
+        return database if backend != "sqlite" else None
+    return database.removeprefix("file:").partition("?")[0].replace("\\", "/").rpartition("/")[2] or None
+
+
+def identify(pool: Pool) -> Identity:
+    """By the user's name, the pool's or engine's logging name, and the engine's URL."""
+    dialect: Any = pool._dialect
+    known, engine_name = _engines.get(dialect, (None, None))
+    if known is None:
+        system, _ = SYSTEMS.get(getattr(dialect, "name", ""), (OTHER, None))
+        known = Identity(library="sqlalchemy", system=system)
+    given = _names.get(_anchor(pool)) or getattr(pool, "_orig_logging_name", None) or engine_name
+    return Identity(known.library, known.system, given, known.namespace, known.address, known.port)
+
+
+def complete(pool: Pool) -> bool:
+    """A pool is made before its engine, and nobody knows its URL in between; a bare pool is met at its first use."""
+    return pool._dialect in _engines
+
+
+def _anchor(pool: Pool) -> Any:
+    """What stays when `dispose()` replaces the pool: the dialect, or, without an engine, the pool itself."""
+    return pool._dialect if pool._dialect in _engines else pool
+
+
+def pool_of(thing: Any) -> Pool:
+    """The pool of an Engine, an AsyncEngine or a Pool."""
+    engine = getattr(thing, "sync_engine", thing)
+    pool = engine if isinstance(engine, Pool) else getattr(engine, "pool", None)
+    if not isinstance(pool, Pool):
+        raise TypeError(f"neither an engine nor a pool: {type(thing).__qualname__}")
+    return pool
+
+
+def name_pool(pool: Pool, name: str) -> None:
+    """Keep the user's name for as long as the engine lives."""
+    _names[_anchor(pool)] = name
+
+
+# -- what it says --------------------------------------------------------------------
+
+
+def read(pool: Pool, watch: Watch) -> Snapshot:
+    """
+    Counted from the records of its connections, not from the pool's own counters.
+
+    Those go to -1 after `dispose()`, count closed connections as idle, and
+    take a mutex that hangs a forked child.
+    """
+    used = idle = 0
+    for record in watch.connections():
+        if record.dbapi_connection is not None:
+            if record.fairy_ref is not None:
+                used += 1
+            elif id(record) not in watch.creating:
+                idle += 1
+    size, most = _limits(pool)
+    overflow = None if size is None else max(used + idle - size, 0)
+    beyond = None if size is None or most is None else most - size
+    return Snapshot(used, idle, most, size, None, _pending(pool), overflow, beyond)
+
+
+def _limits(pool: Pool) -> tuple[int | None, int | None]:
+    """How many connections the pool keeps, and how many it opens at most; None where it has no limit."""
+    if isinstance(pool, QueuePool):
+        size, overflow = pool._pool.maxsize, pool._max_overflow  # type: ignore[attr-defined]  # on every queue class
+        return (size or None), (size + overflow if overflow > -1 else None)
+    if isinstance(pool, NullPool):
+        return 0, None
+    if isinstance(pool, StaticPool | AssertionPool):
+        return 1, 1
+    if isinstance(pool, SingletonThreadPool):
+        return pool.size, pool.size
+    return None, None
+
+
+def _pending(pool: Pool) -> int | None:
+    """
+    Who stands in the queue, from the queue itself.
+
+    Both lists are CPython's own and undocumented; without them the number is
+    not told.
+    """
+    line = getattr(pool, "_pool", None)
+    condition = getattr(line, "not_empty", None)
+    if condition is not None:
+        waiters = getattr(condition, "_waiters", None)
+        return None if waiters is None else len(waiters)
+    # The asyncio queue is made at its first use, in the loop that uses it: not by us.
+    loop_queue = getattr(line, "__dict__", {}).get("_queue")
+    if loop_queue is None:
+        return 0 if isinstance(pool, QueuePool) else None
+    getters = getattr(loop_queue, "_getters", None)
+    return None if getters is None else sum(not future.done() for future in getters.copy())
+
+
+def members(pool: Pool) -> Iterable[Any]:
+    """The records that lie in a pool when we first see it; those that are out come back through `checkin`."""
+    line = getattr(pool, "_pool", None)
+    loop_queue = getattr(line, "__dict__", {}).get("_queue")
+    queued = getattr(line, "queue", None) or getattr(loop_queue, "_queue", None) or ()
+    single = vars(pool).get("connection") or getattr(pool, "_conn", None)
+    return [
+        record
+        for record in (*list(queued), *list(getattr(pool, "_all_conns", ())), single)
+        if isinstance(record, _ConnectionRecord)
+    ]
+
+
+def discover(registry: Registry) -> None:
+    """
+    Find the engines, pools and connections that were there before us.
+
+    One walk over what the garbage collector tracks: about 20 ms for 50 000
+    objects, and only if SQLAlchemy had been imported. `type()` and not
+    `isinstance`, which would ask every proxy in the process for its class.
+    """
+    found: dict[type, list[Any]] = {Engine: [], Pool: [], _ConnectionRecord: []}
+    for thing in gc.get_objects():
+        for kind, things in found.items():
+            if issubclass(type(thing), kind):
+                things.append(thing)
+    for engine in found[Engine]:
+        if "dialect" in vars(engine):
+            remember(registry, engine)
+    for pool in found[Pool]:
+        registry.sight(pool)
+    for record in found[_ConnectionRecord]:
+        pool = _pool_of_record(record)
+        if record.dbapi_connection is not None and (watch := registry.find(pool)) is not None:
+            watch.met(record)
+
+
+# -- what happens to it ------------------------------------------------------------
+
+_pool_of_record = attrgetter("_ConnectionRecord__pool")
+
+
+def refusal(error: BaseException) -> str | None:
+    """SQLAlchemy's error for "none came back in time" has a code; AssertionPool refuses a second at once."""
+    if isinstance(error, PoolTimeout) and error.code == "3o7r":
+        return words.TIMEOUT
+    return words.EXHAUSTED if isinstance(error, AssertionError) else None
+
+
+def _loan(fairy: Any) -> Any:
+    """SingletonThreadPool hands the same loan out again to the thread that has it."""
+    return fairy._connection_record if fairy._counter == 1 else None
+
+
+def why_closed() -> str:
+    """Why `Pool._close_connection` was called: its callers know, and they have kept their names since 1.4."""
+    frame, names = sys._getframe(2), []
+    while frame is not None and len(names) < 12:
+        names.append((frame.f_code.co_name, frame.f_locals))
+        frame = frame.f_back  # type: ignore[assignment]  # ends with None
+    return _reason([name for name, _ in names], [values for _, values in names])
+
+
+def _reason(names: list[str], values: list[dict[str, Any]]) -> str:
+    first, second = names[:1], names[1:2]
+    if first == ["_finalize_fairy"]:  # detached, now really closed
+        return "closed"
+    if first == ["__connect"]:  # a listener failed on the new connection
+        return "error"
+    if second == ["get_connection"]:
+        return _staleness(values[1]["self"])
+    if second == ["close"]:
+        return _returned(names[2], values[2])
+    return _invalidation(names, values)
+
+
+def _staleness(record: Any) -> str:
+    """At checkout the record was too old, or had been invalidated softly or with its pool."""
+    pool, soft = _pool_of_record(record), record._soft_invalidate_time
+    return "invalidated" if max(pool._invalidate_time, soft) > record.starttime else "recycle"
+
+
+def _returned(caller: str, values: dict[str, Any]) -> str:
+    if caller == "_do_return_conn":
+        return "overflow" if isinstance(values.get("self"), QueuePool) else "closed"
+    return {"dispose": "dispose", "_cleanup": "overflow"}.get(caller, "closed")
+
+
+def _invalidation(names: list[str], values: list[dict[str, Any]]) -> str:
+    """Walk outwards from `invalidate` to who asked for it."""
+    for name, local in zip(names, values, strict=True):
+        if name == "_finalize_fairy":
+            return "reset"
+        if name in {"_checkin_failed", "_handle_dbapi_exception"}:
+            return "error"
+        if name == "_checkout":
+            return "pre_ping" if _is_ping_failure(local.get("e")) else "invalidated"
+    return "invalidated"
+
+
+def _is_ping_failure(error: Any) -> bool:
+    """The pre-ping's own verdict, and not a user's listener that raised the same: one frame, not two."""
+    trace = getattr(error, "__traceback__", None)
+    return isinstance(error, InvalidatePoolError) and trace is not None and trace.tb_next is None
+
+
+class _Detached:
+    """
+    The end of a loan that never comes back: `detach()`, and an asyncio connection left to the collector.
+
+    By the public event, because patching the class of the fairy makes every
+    checkout slower. Listened to once and for ever: `event.remove` in one
+    thread can break a checkout in another.
+    """
+
+    verb = "release"
+    where = "sqlalchemy.pool:Pool (event detach)"
+
+    def __init__(self) -> None:
+        self._registry: Registry | None = None
+        self._listening = False
+
+    def install(self, registry: Registry) -> Undo:
+        """Listen, from the first time on; return what stops us from acting on it."""
+        self._registry = registry
+        if not self._listening:
+            event.listen(Pool, "detach", self._detached)
+            self._listening = True
+        return self._off
+
+    def _off(self) -> None:
+        self._registry = None
+
+    def _detached(self, connection: Any, record: Any) -> None:
+        try:
+            registry = self._registry
+            watch = None if registry is None else registry.find(_pool_of_record(record))
+            if watch is not None:
+                watch.released(record)
+        except Exception as mistake:
+            lost_quietly("a detached connection", mistake)
+
+
+TARGET = Target(
+    name="sqlalchemy",
+    identify=identify,
+    read=read,
+    members=members,
+    complete=complete,
+    discover=discover,
+    pool_of=pool_of,
+    name_pool=name_pool,
+    hooks=(
+        acquire("sqlalchemy.pool.base:Pool.connect", lease=attrgetter("_connection_record"), refusal=refusal),
+        acquire("sqlalchemy.pool.impl:SingletonThreadPool.connect", lease=_loan, refusal=refusal),
+        release("sqlalchemy.pool.base:_ConnectionRecord.checkin", pool=_pool_of_record),
+        queue("sqlalchemy.util.queue:Queue.get", waits=lambda line, block=True, *_: block and not line.queue),
+        queue("sqlalchemy.util.queue:AsyncAdaptedQueue.get", waits=lambda line, block=True, *_: block and line.empty()),
+        create(
+            "sqlalchemy.pool.base:_ConnectionRecord._ConnectionRecord__connect",
+            pool=_pool_of_record,
+            opened=lambda record: record.dbapi_connection is not None,
+        ),
+        close("sqlalchemy.pool.base:Pool._close_connection", reason=why_closed),
+        _Detached(),
+        replace("sqlalchemy.engine.base:Engine.dispose", pool=attrgetter("pool")),
+        after("sqlalchemy.engine.base:Engine.__init__", do=remember),
+        after("sqlalchemy.pool.base:Pool.__init__", do=lambda registry, pool, *args, **kwargs: registry.sight(pool)),
+    ),
+)
