@@ -105,7 +105,8 @@ def acquire(where: str, *, lease: Pick, refusal: Refusal) -> Hook:
             ticket = next(tickets)
             watch.waiting[ticket] = start = clock()
             try:
-                result = original(pool, *args, **kwargs)
+                # Unpacking costs more than asking whether there is anything to unpack.
+                result = original(pool, *args, **kwargs) if args or kwargs else original(pool)
             except BaseException as error:
                 watch.failed(ticket, start, error, refusal)
                 raise
@@ -139,24 +140,24 @@ def release(where: str, *, pool: Pick, lease: Pick = _itself) -> Hook:
                     watch.released(lease(thing))
             except Exception as mistake:
                 lost_quietly("a checkin", mistake)
-            return original(thing, *args, **kwargs)
+            return original(thing, *args, **kwargs) if args or kwargs else original(thing)
 
         return checkin
 
     return Hook("release", where, compile)
 
 
-def queue(where: str, *, waits: Callable[..., bool]) -> Hook:
-    """A call in which a checkout may have to stand in line; *waits* gets its arguments and says whether it will."""
+def queue(where: str, *, items: Pick) -> Hook:
+    """A `get(block, timeout)` as of `queue.Queue`; a checkout that calls it with no *items* there stands in line."""
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
-        def get(line: Any, *args: Any, **kwargs: Any) -> Any:
+        def get(line: Any, block: bool = True, timeout: float | None = None) -> Any:
             try:
-                if registry.active and waits(line, *args, **kwargs):
+                if block and not items(line) and registry.active:
                     detour(words.QUEUED)
             except Exception as mistake:
                 lost_quietly("a queue", mistake)
-            return original(line, *args, **kwargs)
+            return original(line, block, timeout)
 
         return get
 

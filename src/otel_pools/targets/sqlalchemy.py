@@ -360,8 +360,8 @@ TARGET = Target(
         acquire("sqlalchemy.pool.base:Pool.connect", lease=attrgetter("_connection_record"), refusal=refusal),
         acquire("sqlalchemy.pool.impl:SingletonThreadPool.connect", lease=_loan, refusal=refusal),
         release("sqlalchemy.pool.base:_ConnectionRecord.checkin", pool=_pool_of_record),
-        queue("sqlalchemy.util.queue:Queue.get", waits=lambda line, block=True, *_: block and not line.queue),
-        queue("sqlalchemy.util.queue:AsyncAdaptedQueue.get", waits=lambda line, block=True, *_: block and line.empty()),
+        queue("sqlalchemy.util.queue:Queue.get", items=attrgetter("queue")),
+        queue("sqlalchemy.util.queue:AsyncAdaptedQueue.get", items=attrgetter("_queue._queue")),
         create(
             "sqlalchemy.pool.base:_ConnectionRecord._ConnectionRecord__connect",
             pool=_pool_of_record,
