@@ -17,8 +17,10 @@ PREFIX = "OTEL_POOLS_"
 @dataclass(frozen=True, slots=True)
 class Settings:
     """
-    What a user can choose: each field is a keyword of `instrument` and, in capitals after
-    ``OTEL_POOLS_``, an environment variable. Lists are separated by commas there.
+    What a user can choose.
+
+    Each field is a keyword of `instrument` and, in capitals after
+    ``OTEL_POOLS_``, an environment variable; lists are separated by commas there.
 
     Attributes:
         span_threshold: Seconds a checkout must have waited to be worth a span; 0 means every checkout.

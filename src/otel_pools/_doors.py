@@ -6,13 +6,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from opentelemetry.instrumentation.dependencies import DependencyConflict, DependencyConflictError
-from opentelemetry.instrumentation.instrumentor import BaseInstrumentor
+from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]  # untyped upstream
 from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import TracerProvider, get_tracer
 from packaging.requirements import Requirement
@@ -42,7 +42,7 @@ class Configuration:
     names: list[str] | None = None
 
 
-class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untyped upstream
+class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
     """What the instrumentors of all libraries have in common; never made itself, or its children would be it."""
 
     library: ClassVar[str]
@@ -72,7 +72,8 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # untyped upstr
             **options: The fields of `Settings`.
 
         Raises:
-            ModuleNotFoundError: The library is not installed (only under ``opentelemetry-instrument``, which expects it).
+            ModuleNotFoundError: The library is not installed, and ``skip_dep_check`` was given,
+                as the auto-loader does, which expects this error.
         """
         if self.is_instrumented_by_opentelemetry:
             # A declarative configuration file instruments first, and the auto-loader comes by again.
@@ -253,5 +254,3 @@ def _named(target: Target, thing: Any, name: str) -> bool:
     if registry is not None:
         registry.rename(pool)
     return True
-
-

@@ -58,7 +58,10 @@ class Hook:
         """
         owner, name = _resolve(self.where)
         original = vars(owner)[name]
-        twin = update_wrapper(self.compile(original, registry), original)
+        plain = original.__func__ if isinstance(original, classmethod) else original
+        twin: Any = update_wrapper(self.compile(plain, registry), plain)
+        if isinstance(original, classmethod):
+            twin = classmethod(twin)
         setattr(owner, name, twin)
 
         def undo() -> None:
@@ -235,8 +238,10 @@ def replace(where: str, *, pool: Pick) -> Hook:
                 return original(thing, *args, **kwargs)
             finally:
                 with guard("a replaced pool"):
-                    if pool(thing) is not old:
+                    new = pool(thing)
+                    if new is not old:
                         registry.close_down(old)
+                        registry.sight(new)
 
         return dispose
 

@@ -36,7 +36,11 @@ class Instruments:
         self.registry: Registry | None = None
         self._target = target
         self._readings: list[tuple[Identity, Reading]] = []
-        self._samples = [_histogram(meter, row, excluded) for row in (WAIT, USE, CREATE)]
+        self._histograms = (
+            _histogram(meter, WAIT, excluded),
+            _histogram(meter, USE, excluded),
+            _histogram(meter, CREATE, excluded),
+        )
         collect: Callable[[], None] = self._collect
         for row in _observables(excluded):
             _create(meter, row)(row.name, [self._observe(row, collect)], unit=row.unit, description=row.description)
@@ -53,7 +57,7 @@ class Instruments:
             return
         for ledger in list(registry.ledgers.values()):
             with _guard.guard("delivery"):
-                ledger.outbox.deliver(*self._samples, words.attributes(ledger.identity, words.SEMCONV_POOL))
+                ledger.outbox.deliver(self._histograms, words.attributes(ledger.identity, words.SEMCONV_POOL))
         self._readings = [(ledger.identity, reading) for ledger, reading in registry.readings()]
 
     def _observe(self, row: Metric, collect: Callable[[], None]) -> Callback:

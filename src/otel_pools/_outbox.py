@@ -28,9 +28,7 @@ class Note(NamedTuple):
 class Histogram(Protocol):
     """The part of an OpenTelemetry histogram that delivery needs."""
 
-    def record(
-        self, amount: float, attributes: Mapping[str, str | int] | None = None, context: Any = None
-    ) -> None: ...
+    def record(self, amount: float, attributes: Mapping[str, str | int] | None = None, context: Any = None) -> None: ...
 
 
 class Outbox:
@@ -42,7 +40,18 @@ class Outbox:
     inside anything, and they need no lock.
     """
 
-    __slots__ = ("_checkouts", "_closed", "_created", "_dropped", "_folding", "closes", "creates", "notes", "uses", "waits")
+    __slots__ = (
+        "_checkouts",
+        "_closed",
+        "_created",
+        "_dropped",
+        "_folding",
+        "closes",
+        "creates",
+        "notes",
+        "uses",
+        "waits",
+    )
 
     def __init__(self) -> None:
         self.waits: list[float] = []  # of the common kind: an idle connection, at once
@@ -62,9 +71,11 @@ class Outbox:
     def _waiting(self) -> int:
         return len(self.waits) + len(self.notes) + len(self.uses) + len(self.creates)
 
-    def deliver(self, wait: Histogram, use: Histogram, create: Histogram, identity: Mapping[str, str | int]) -> None:
+    def deliver(self, histograms: tuple[Histogram, Histogram, Histogram], identity: Mapping[str, str | int]) -> None:
         """Record everything that is waiting; called inside a collection, so it is part of that export."""
-        waits, notes, uses, creates = self._fold()
+        wait, use, create = histograms
+        with self._folding:
+            waits, notes, uses, creates = self._take()
         idle = {**identity, words.PATH: words.IDLE}
         for histogram, samples, attributes in ((wait, waits, idle), (use, uses, identity), (create, creates, identity)):
             for seconds in samples:
@@ -84,7 +95,7 @@ class Outbox:
         """
         if self._folding.acquire(blocking=False):
             try:
-                self._dropped += sum(map(len, self._take()))
+                self._dropped += sum(len(samples) for samples in self._take())
             finally:
                 self._folding.release()
 
@@ -92,10 +103,6 @@ class Outbox:
         """What has been counted so far."""
         timeouts = sum(count for (_, error), count in self._checkouts.items() if error == words.TIMEOUT)
         return Tally(dict(self._checkouts), timeouts, self._created, dict(self._closed), self._dropped)
-
-    def _fold(self) -> tuple[list[float], list[Note], list[float], list[float]]:
-        with self._folding:
-            return self._take()
 
     def _take(self) -> tuple[list[float], list[Note], list[float], list[float]]:
         """Empty the lists and count what was in them."""

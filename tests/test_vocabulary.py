@@ -1,0 +1,115 @@
+"""What we emit is what the semantic conventions say, and what the README says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from opentelemetry.semconv._incubating.metrics import db_metrics
+
+from otel_pools import _vocabulary as words
+from otel_pools._model import Identity, Reading, Snapshot, Tally
+
+README = Path(__file__).parent.parent / "README.md"
+CREATORS = {
+    "db.client.connection.count": db_metrics.create_db_client_connection_count,
+    "db.client.connection.max": db_metrics.create_db_client_connection_max,
+    "db.client.connection.idle.max": db_metrics.create_db_client_connection_idle_max,
+    "db.client.connection.idle.min": db_metrics.create_db_client_connection_idle_min,
+    "db.client.connection.pending_requests": db_metrics.create_db_client_connection_pending_requests,
+    "db.client.connection.timeouts": db_metrics.create_db_client_connection_timeouts,
+    "db.client.connection.wait_time": db_metrics.create_db_client_connection_wait_time,
+    "db.client.connection.use_time": db_metrics.create_db_client_connection_use_time,
+    "db.client.connection.create_time": db_metrics.create_db_client_connection_create_time,
+}
+
+
+class Meter:
+    """Takes down what a semconv creator asks for."""
+
+    def __getattr__(self, method):
+        return lambda **asked: (method, asked)
+
+
+@pytest.mark.parametrize("row", words.DB, ids=lambda row: row.name)
+def test_the_db_column_is_the_conventions(row):
+    """Name, unit, description and kind are those of the semantic conventions package."""
+    method, asked = CREATORS[row.name](Meter())
+
+    assert (row.name, row.unit) == (asked["name"], asked["unit"])
+    assert row.description == asked["description"]
+    assert method == {
+        words.Kind.COUNTER: "create_counter",
+        words.Kind.UP_DOWN: "create_up_down_counter",
+        words.Kind.HISTOGRAM: "create_histogram",
+    }[row.kind]
+
+
+@pytest.mark.parametrize("row", words.EVERY, ids=lambda row: row.name)
+def test_our_own_have_our_prefix(row):
+    """What the conventions do not have is ours: prefixed, counted in braces, and no gauge of unit 1."""
+    assert row.name.startswith("otel_pools.")
+    assert re.fullmatch(r"s|\{[a-z]+\}", row.unit)
+    assert row.pool_key == "otel_pools.pool.name"
+
+
+def test_names_are_unique():
+    """No metric has two rows."""
+    assert len({row.name for row in words.METRICS}) == len(words.METRICS)
+
+
+@pytest.mark.parametrize("row", words.METRICS, ids=lambda row: row.name)
+def test_the_readme_has_the_row(row):
+    """The README's table has each metric with its kind, unit and attributes."""
+    keys = ", ".join(f"`{key}`" for key in row.keys) or "–"
+
+    assert f"| `{row.name}` | {row.kind.value} | `{row.unit}` | {keys} | {row.description} |" in README.read_text()
+
+
+def test_the_readme_has_no_other_metric():
+    """Every name in the README's tables of metrics exists."""
+    named = re.findall(r"^\| `((?:db|otel_pools)\.[a-z_.]+)` \| [A-Z]", README.read_text(), re.MULTILINE)
+
+    assert sorted(named) == sorted(row.name for row in words.METRICS)
+
+
+@pytest.mark.parametrize("row", [row for row in words.METRICS if row.points], ids=lambda row: row.name)
+def test_points_carry_only_their_keys(row):
+    """The attributes of a row's points are among those it declares."""
+    tally = Tally({("new", "timeout"): 1}, 1, 1, {"recycle": 1}, 1)
+    reading = Reading(Snapshot(1, 1, 1, 1, 1, 1, 1, 1), tally, 1, 1, 1.0, 1.0)
+
+    points = list(row.points(reading))
+
+    assert points
+    assert all(set(extra) <= set(row.keys) for _, extra in points)
+
+
+@pytest.mark.parametrize(
+    ("identity", "name"),
+    [
+        (Identity("lib", "sys", "given", "ns", "host", 1), "given"),
+        (Identity("lib", "sys", None, "ns", "host", 1), "ns"),
+        (Identity("lib", "sys", None, None, "host", 1), "host:1"),
+        (Identity("lib", "sys", None, None, "host"), "host"),
+        (Identity("lib", "sys"), "sys"),
+        (Identity("lib", ""), "lib"),
+    ],
+)
+def test_a_name_falls_back_in_the_order_of_the_conventions(identity, name):
+    """Given name, namespace, server, system, library: semantic-conventions #4097."""
+    assert identity.name == name
+
+
+def test_unknown_is_left_out():
+    """What a library cannot tell is no attribute."""
+    assert words.attributes(Identity("lib", "sqlite"), words.OUR_POOL) == {
+        "otel_pools.pool.name": "sqlite",
+        "db.system.name": "sqlite",
+    }
+
+
+def test_snapshots_add_up():
+    """Two pools together: numbers add, and a number only one can tell is that one's."""
+    assert Snapshot(used=1, idle=2) + Snapshot(used=3, max=5) == Snapshot(used=4, idle=2, max=5)
