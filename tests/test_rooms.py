@@ -68,7 +68,9 @@ def test_metric_names_are_said_once(room):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in docstrings
     }
 
-    assert [text for text in spelled if text.startswith(("db.client.", "otel_pools.connection", "otel_pools.wait"))] == []
+    assert [
+        text for text in spelled if text.startswith(("db.client.", "otel_pools.connection", "otel_pools.wait"))
+    ] == []
 
 
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

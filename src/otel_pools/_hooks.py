@@ -195,6 +195,8 @@ def create(where: str, *, pool: Pick, opened: Callable[[Any], bool]) -> Hook:
                 # Opened, and closed again (or not even that) when a listener of the user's failed.
                 if passage.created or opened(record):
                     watch.created(start)
+                # Whatever is left of it is not idle: it never was in the pool.
+                watch.members.pop(id(record), None)
                 raise
             finally:
                 passage.creating = passage.created = False

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 # The protobuf runtime raises it, and has no types of its own.
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -27,6 +27,9 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     NumberDataPoint,
 )
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Bytes of one request, packed or not: a real export is a few kilobytes.
 MAX_BODY = 16 * 1024 * 1024
@@ -118,12 +121,10 @@ class Series:
     before: Point | None = None
 
     def then(self, point: Point) -> Series:
-        """This series, one point later."""
+        """The series one point later; what counts from point to point is added up."""
         value, known = point.value, self.now.value
-        if point.delta and isinstance(value, Distribution) and isinstance(known, Distribution):
-            point = replace(point, value=known + value)
-        elif point.delta and not isinstance(value, Distribution) and not isinstance(known, Distribution):
-            point = replace(point, value=known + value)
+        if point.delta and type(known) is type(value):
+            point = replace(point, value=known + value)  # type: ignore[operator]  # of one type, both
         return Series(point, self.now)
 
 
@@ -157,7 +158,7 @@ class Receiver:
             f" | {self.spans} spans | {self.logs} logs]>"
         )
 
-    def __enter__(self) -> Receiver:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -325,7 +326,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = PATIENCE
     server: _Server
 
-    def do_POST(self) -> None:  # noqa: N802  # http.server's name
+    def do_POST(self) -> None:
         try:
             self._take()
         except _Refused as refused:

@@ -18,6 +18,7 @@ from ._receiver import Distribution, Scalar, Series
 WIDTH = 24  # characters of a bar
 LONGEST_NAME = 40
 NOTHING = "-"
+EXACT = 0.01  # seconds below which a tenth of a millisecond is shown
 
 
 def _metric(rows: Iterable[words.Metric], ending: str) -> str:
@@ -94,7 +95,8 @@ def rows(series: Iterable[Series]) -> list[PoolRow]:
         name = attributes.get(words.SEMCONV_POOL) or attributes.get(words.OUR_POOL)
         if name is not None:
             where = (str(attributes.get(key, "")) for key in (words.SYSTEM, words.ADDRESS, words.PORT, words.NAMESPACE))
-            pools[str(name), one.now.source, *where].append(one)
+            key = (str(name), one.now.source, *where)
+            pools[key].append(one)
     return [_row(key[0], key[2], of_pool) for key, of_pool in sorted(pools.items())]
 
 
@@ -129,22 +131,17 @@ def _totals(series: list[Series]) -> dict[tuple[str, Scalar | None], int]:
 
 
 def _rates(series: list[Series]) -> dict[str, float]:
-    rates: dict[str, float] = {}
-    for one in series:
-        if one.now.name != CHECKOUTS:
-            continue
+    """Per second in the last interval; 0 while there is none, and after the process began anew."""
+    rates: dict[str, float] = defaultdict(float)
+    checkouts = [one for one in series if one.now.name == CHECKOUTS]
+    # One interval for all: the first timeout has no point before it, and is one more all the same.
+    interval = max((one.now.seconds - one.before.seconds for one in checkouts if one.before), default=0.0)
+    for one in checkouts:
         attributes = one.now.attributes
         path = str(attributes.get(words.ERROR) or attributes.get(words.PATH, ""))
-        rates[path] = rates.get(path, 0.0) + _rate(one)
+        more = _number(one.now.value) - (_number(one.before.value) if one.before else 0)
+        rates[path] += max(more, 0.0) / interval if interval > 0 else 0.0
     return rates
-
-
-def _rate(one: Series) -> float:
-    """Per second in the last interval; 0 while there is none, and after the process began anew."""
-    if one.before is None or one.now.seconds <= one.before.seconds:
-        return 0.0
-    more = _number(one.now.value) - _number(one.before.value)
-    return max(more, 0.0) / (one.now.seconds - one.before.seconds)
 
 
 def _waits(series: list[Series]) -> Distribution | None:
@@ -210,7 +207,8 @@ def _duration(seconds: float | None) -> str:
         return NOTHING
     if seconds >= 1:
         return f"{seconds:.1f} s"
-    return f"{seconds * 1000:.0f} ms" if seconds >= 0.01 or seconds == 0 else f"{seconds * 1000:.1f} ms"
+    digits = 1 if 0 < seconds < EXACT else 0
+    return f"{seconds * 1000:.{digits}f} ms"
 
 
 def _paths(rates: Mapping[str, float]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import sqlalchemy
 from sqlalchemy import create_engine, text
+from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util import greenlet_spawn
 
 SQLALCHEMY = tuple(int(part) for part in sqlalchemy.__version__.split(".")[:2])
@@ -48,6 +49,8 @@ class Flavour:
             options.setdefault("connect_args", {"server_settings": {"application_name": self.app}})
         elif "psycopg" in self.name:
             options.setdefault("connect_args", {"application_name": self.app})
+        if "sqlite" in self.name:  # before 2.0.38, a NullPool
+            options.setdefault("poolclass", AsyncAdaptedQueuePool if self.is_async else QueuePool)
         if self.is_async:
             from sqlalchemy.ext.asyncio import create_async_engine
 

