@@ -163,7 +163,7 @@ def test_the_sdk_may_come_late():
 
 def test_without_any_sdk_nothing_grows(pool, monkeypatch):
     """With nobody collecting, samples are dropped and counted beyond the limit."""
-    monkeypatch.setattr("otel_pools._watch.LIMIT", 100)
+    monkeypatch.setattr("otel_pools._hooks.LIMIT", 100)
     otel_pools.instrument()
     registry = otel_pools.SQLAlchemyPoolInstrumentor._registry
     for _ in range(1000):
@@ -211,6 +211,7 @@ def test_a_finaliser_inside_a_collection_does_not_hang(telemetry):
             telemetry.read()
 
     threshold = gc.get_threshold()
+    gc.freeze()  # what the other tests left behind need not be walked 10^4 times
     gc.set_threshold(50, 2, 2)
     try:
         thread = threading.Thread(target=work, daemon=True)
@@ -218,6 +219,7 @@ def test_a_finaliser_inside_a_collection_does_not_hang(telemetry):
         thread.join(100)
     finally:
         gc.set_threshold(*threshold)
+        gc.unfreeze()
     hung = thread.is_alive()
     gc.collect()
 
@@ -254,7 +256,8 @@ def test_what_broke_on_the_release_path_is_said_at_collection(pool, telemetry, m
     monkeypatch.setattr(_guard, "loud", False)
     otel_pools.instrument(meter_provider=telemetry.meter_provider)
     fairy = pool.connect()
-    monkeypatch.setattr("otel_pools._watch.Watch.released", lambda *_: 1 / 0)
+    monkeypatch.setattr("otel_pools._watch.Watch.returned", lambda *_: 1 / 0)
+    otel_pools.SQLAlchemyPoolInstrumentor._registry.ledgers.popitem()[1].leases.clear()
     fairy.close()
     before = caplog.text
     telemetry.read()

@@ -39,11 +39,14 @@ def test_the_db_column_is_the_conventions(row):
 
     assert (row.name, row.unit) == (asked["name"], asked["unit"])
     assert row.description == asked["description"]
-    assert method == {
-        words.Kind.COUNTER: "create_counter",
-        words.Kind.UP_DOWN: "create_up_down_counter",
-        words.Kind.HISTOGRAM: "create_histogram",
-    }[row.kind]
+    assert (
+        method
+        == {
+            words.Kind.COUNTER: "create_counter",
+            words.Kind.UP_DOWN: "create_up_down_counter",
+            words.Kind.HISTOGRAM: "create_histogram",
+        }[row.kind]
+    )
 
 
 @pytest.mark.parametrize("row", words.EVERY, ids=lambda row: row.name)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _vocabulary as words
 from ._guard import guard, lost_quietly
+from ._outbox import LIMIT
 from ._watch import Refusal, clock, current_passage, detour, tickets
 
 if TYPE_CHECKING:
@@ -99,8 +100,9 @@ def acquire(where: str, *, lease: Pick, refusal: Refusal) -> Hook:
     """
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
-        watches, meet = registry.watches, registry.meet
+        watches, meet, passage = registry.watches, registry.meet, current_passage
 
+        # All of the common case stands here, because a call would cost as much as any of its lines.
         def checkout(pool: Any, *args: Any, **kwargs: Any) -> Any:
             watch = watches.get(id(pool)) or meet(pool)
             if watch is None:
@@ -113,8 +115,21 @@ def acquire(where: str, *, lease: Pick, refusal: Refusal) -> Hook:
             except BaseException as error:
                 watch.failed(ticket, start, error, refusal)
                 raise
+            end = clock()
+            watch.waiting.pop(ticket, None)
             try:
-                watch.acquired(ticket, start, lease(result))
+                held = lease(result)
+                if held is not None:
+                    leases = watch.leases
+                    leases[id(held)] = end
+                    if len(leases) > watch.ledger.peak:
+                        watch.ledger.peak = len(leases)
+                    if passage() is None and end - start < watch.slow:
+                        watch.waits.append(end - start)
+                        if len(watch.waits) > LIMIT:
+                            watch.ledger.outbox.spill()
+                    else:
+                        watch.acquired(start, end)
             except Exception as mistake:
                 lost_quietly("a checkout", mistake)
             return result
@@ -137,10 +152,14 @@ def release(where: str, *, pool: Pick, lease: Pick = _itself) -> Hook:
 
         def checkin(thing: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                owner = pool(thing)
+                owner, held = pool(thing), lease(thing)
                 watch = watches.get(id(owner)) or find(owner)
                 if watch is not None:
-                    watch.released(lease(thing))
+                    since = watch.leases.pop(id(held), None)
+                    if since is None:
+                        watch.returned(held)
+                    else:
+                        watch.uses.append(clock() - since)
             except Exception as mistake:
                 lost_quietly("a checkin", mistake)
             return original(thing, *args, **kwargs) if args or kwargs else original(thing)

@@ -57,9 +57,8 @@ def detour(path: str) -> Passage:
     return passage
 
 
-def current_passage() -> Passage | None:
-    """The story of the checkout under way here, if it has one."""
-    return _passage.get()
+# The story of the checkout under way here, or None; bound, because every checkout asks.
+current_passage = _passage.get
 
 
 def _ended(passage: Passage | None, start: float) -> Passage | None:
@@ -117,9 +116,9 @@ class Watch:
     """
     Our record of one pool.
 
-    The verbs of the table end here: `acquired`, `failed`, `released`,
-    `creating`, `closed`. All but `failed` must be cheap, and `released`
-    must be safe wherever the garbage collector may call it.
+    The verbs of a table end here. What every checkout and checkin does, the
+    verbs themselves do with the containers below; they `append`, `pop` and
+    assign, and nothing else, as the garbage collector may call them anywhere.
     """
 
     __slots__ = (
@@ -161,25 +160,9 @@ class Watch:
 
     # -- what can happen -------------------------------------------------------
 
-    def acquired(self, ticket: int, start: float, lease: Any) -> None:
-        """Somebody got a connection; *lease* stands for it until it is released (None: it was theirs already)."""
-        end = clock()
-        self.waiting.pop(ticket, None)
-        if lease is None:
-            return
-        leases, ledger = self.leases, self.ledger
-        leases[id(lease)] = end
-        if len(leases) > ledger.peak:
-            ledger.peak = len(leases)
-        seconds = end - start
-        passage = _passage.get()
-        if passage is None and seconds < self.slow:
-            waits = self.waits
-            waits.append(seconds)
-            if len(waits) > LIMIT:
-                ledger.outbox.spill()
-        else:
-            self._noted(seconds, _ended(passage, start), None)
+    def acquired(self, start: float, end: float) -> None:
+        """Somebody got a connection, slowly or by a detour; the common case never comes here."""
+        self._noted(end - start, _ended(_passage.get(), start), None)
 
     def failed(self, ticket: int, start: float, error: BaseException, refusal: Refusal) -> None:
         """Somebody asked and got none; *error* goes on to the caller untouched."""
@@ -189,13 +172,16 @@ class Watch:
             passage = _ended(_passage.get(), start)
             self._noted(seconds, passage, _kind(error, passage, refusal))
 
-    def released(self, lease: Any) -> None:
-        """What was held came back."""
+    def returned(self, lease: Any) -> None:
+        """Something came back that we had not seen go out; if it was out before we came, we know it now."""
+        if id(lease) not in self.members:
+            self.met(lease)
+
+    def ended(self, lease: Any) -> None:
+        """A loan ended, but not by coming back."""
         since = self.leases.pop(id(lease), None)
         if since is not None:
             self.uses.append(clock() - since)
-        elif id(lease) not in self.members:
-            self.met(lease)  # it was out before we came
 
     def met(self, connection: Any) -> None:
         """Know *connection* from now on, for as long as it lives."""

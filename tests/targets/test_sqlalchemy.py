@@ -579,7 +579,7 @@ def test_thread_storm(watched, creator):
     cycles = 100_000 // 8
 
     def collect():
-        while not done.is_set():
+        while not done.wait(0.05):  # without a pause it would hold the GIL against eight threads that need it often
             watched.read()
 
     def work():

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .._hooks import Row
-from .._model import Identity, Snapshot
-
 if TYPE_CHECKING:
+    from .._hooks import Row
+    from .._model import Identity, Snapshot
     from .._registry import Registry
     from .._watch import Watch
 

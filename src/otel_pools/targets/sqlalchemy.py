@@ -350,7 +350,7 @@ class _Detached:
             registry = self._registry
             watch = None if registry is None else registry.find(_pool_of_record(record))
             if watch is not None:
-                watch.released(record)
+                watch.ended(record)
         except Exception as mistake:
             lost_quietly("a detached connection", mistake)
 

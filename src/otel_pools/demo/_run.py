@@ -1,0 +1,349 @@
+"""The demo itself: starts the server, the receiver and the load, shows the table, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from .._receiver import Receiver
+from .._screen import LiveScreen, PlainScreen, PoolRow, Status, rows
+from . import _load
+from ._postgres import Postgres, PostgresStartError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+DATABASE = "shop"  # which also names the pool
+SERVICE = "otel-pools-demo"
+PATIENCE = 20.0  # seconds until the first metric must have come; it takes two
+STOP_SECONDS = 10.0
+TICK = 0.05
+TAIL_LINES = 15
+
+ENDPOINT, PROTOCOL = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_PROTOCOL"
+ENDPOINTS = (ENDPOINT, "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+PROTOCOLS = (PROTOCOL, "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+DISABLED = "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS"
+OURS = "otel_pools_"
+
+# The same as the command `opentelemetry-instrument`, for when it is not beside the interpreter.
+INSTRUMENT = "from opentelemetry.instrumentation.auto_instrumentation import run; run()"
+
+
+class DemoError(RuntimeError):
+    """The demo cannot show what it promises; the message says why."""
+
+
+# -- what the load is told -------------------------------------------------------------
+
+
+def elsewhere(environ: Mapping[str, str]) -> str | None:
+    """The endpoint that the user has set, so that the data go there and not to us."""
+    return next((environ[key] for key in ENDPOINTS if environ.get(key)), None)
+
+
+def environment(environ: Mapping[str, str], endpoint: str | None) -> dict[str, str]:
+    """
+    The load's environment: that of the user, OpenTelemetry switched on, and exports every second.
+
+    Args:
+        environ: The user's.
+        endpoint: Our receiver; None leaves endpoints and protocols as the user has set them.
+    """
+    told = {
+        **environ,
+        "OTEL_SERVICE_NAME": SERVICE,
+        "OTEL_METRICS_EXPORTER": "otlp",
+        "OTEL_TRACES_EXPORTER": "otlp",
+        "OTEL_LOGS_EXPORTER": "none",
+        "OTEL_METRIC_EXPORT_INTERVAL": "1000",
+        "OTEL_BSP_SCHEDULE_DELAY": "1000",
+        DISABLED: _without_ours(environ.get(DISABLED, "")),
+    }
+    if endpoint is not None:
+        return _to_us(told, endpoint)
+    if not any(environ.get(key) for key in PROTOCOLS) and not _has_grpc():
+        told[PROTOCOL] = "http/protobuf"  # the other half of the default, gRPC, is not in our extra
+    return told
+
+
+def _to_us(told: dict[str, str], endpoint: str) -> dict[str, str]:
+    # What was meant for another destination does not fit ours.
+    foreign = (*PROTOCOLS, "OTEL_CONFIG_FILE", "OTEL_EXPORTER_OTLP_HEADERS")
+    kept = {key: value for key, value in told.items() if key not in foreign}
+    # Without it a proxy for the internet would be asked for this machine.
+    unproxied = ",".join(filter(None, (told.get("NO_PROXY") or told.get("no_proxy"), "127.0.0.1")))
+    return {
+        **kept,
+        ENDPOINT: endpoint,
+        PROTOCOL: "http/protobuf",
+        "NO_PROXY": unproxied,
+        "no_proxy": unproxied,
+    }
+
+
+def _without_ours(disabled: str) -> str:
+    names = (name.strip() for name in disabled.split(","))
+    return ",".join(name for name in names if name and name != "*" and not name.startswith(OURS))
+
+
+def _has_grpc() -> bool:
+    try:
+        return importlib.util.find_spec("opentelemetry.exporter.otlp.proto.grpc") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+# -- the load, seen from outside ---------------------------------------------------------
+
+
+class Load:
+    """
+    The application in a process of its own, under `opentelemetry-instrument`; a context manager.
+
+    Attributes:
+        phase: What it last said it does.
+        since: When it began its traffic, on the monotonic clock; None before.
+    """
+
+    def __init__(self, url: str, environ: Mapping[str, str], cycle: float, cycles: int) -> None:
+        self.phase = "starting"
+        self.since: float | None = None
+        # It has no name, so it cannot be left behind.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in __exit__
+        # By its path: as a module of ours it would import us, and loading us is the command's business.
+        self._process = subprocess.Popen(
+            [*_instrumented(), sys.executable, _load.__file__, f"--cycle={cycle:g}", f"--cycles={cycles}"],
+            env={**environ, _load.URL: url},
+            stdin=subprocess.PIPE,  # its end tells the load that we are gone, however we went
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            # A Ctrl-C in the terminal is for us alone: the load may still deliver what it has.
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._listen, name="otel-pools-demo-phases")
+        self._reader.start()
+
+    def __repr__(self) -> str:
+        code = self.ended
+        return f"<Load {self._process.pid}, {'running' if code is None else f'ended with {code}'}: {self.phase}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            assert pipe is not None
+            pipe.close()
+
+    @property
+    def ended(self) -> int | None:
+        """Its exit status, or None while it runs."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """Let it finish and deliver its last metrics; after 10 s, kill it and whatever it has started."""
+        if self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def last_words(self) -> str:
+        """The end of what it wrote to standard error."""
+        # At an offset of its own: the load goes on writing at that of the file.
+        said = os.pread(self._errors.fileno(), 1 << 20, max(os.fstat(self._errors.fileno()).st_size - (1 << 20), 0))
+        return "\n".join(said.decode(errors="replace").strip().splitlines()[-TAIL_LINES:])
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.phase = line.strip()
+            self.since = self.since or time.monotonic()
+
+
+def _instrumented() -> list[str]:
+    command = Path(sys.executable).with_name("opentelemetry-instrument")
+    return [str(command)] if command.exists() else [sys.executable, "-c", INSTRUMENT]
+
+
+# -- the play -------------------------------------------------------------------------------
+
+
+class Wish:
+    """
+    Whether somebody wants the demo to end: which signal came.
+
+    Only noted when it comes, so that nothing is torn down half made; whoever
+    waits looks at it.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __repr__(self) -> str:
+        return f"<Wish {'to go on' if self.signal is None else f'to end, by {signal.Signals(self.signal).name}'}>"
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+
+    @property
+    def status(self) -> int:
+        """The exit status: 0 also for Ctrl-C, which is how one leaves."""
+        return 0 if self.signal in {None, signal.SIGINT} else 128 + (self.signal or 0)
+
+
+@contextmanager
+def wishes() -> Iterator[Wish]:
+    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; what `nohup` has set stays."""
+    wish, before = Wish(), dict[int, Any]()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+            continue
+        before[number] = signal.signal(number, wish)
+    try:
+        yield wish
+    finally:
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
+
+
+class Play:
+    """One run of the demo, from its first table to its last."""
+
+    def __init__(self, load: Load, receiver: Receiver | None, where: str, screen: LiveScreen | PlainScreen) -> None:
+        self._load = load
+        self._receiver = receiver
+        self._where = where
+        self._screen = screen
+        self._start = time.monotonic()
+
+    def __repr__(self) -> str:
+        return f"<Play since {self._seconds:.0f} s, {'heard' if self._heard else 'not heard yet'}>"
+
+    def watch(self, wish: Wish, seconds: float | None) -> None:
+        """
+        Show the table until the load ends, the time is over or somebody wishes it.
+
+        Raises:
+            DemoError: The load died, or no metric of a pool has come in time.
+        """
+        due = 0.0
+        while self._load.ended is None and wish.signal is None and not self._over(seconds):
+            if self._seconds >= due:
+                due = self._seconds + self._screen.seconds_between
+                self._show()
+            if not self._heard and self._seconds > PATIENCE:
+                raise self._failed(f"no metric of a pool has come in {PATIENCE:.0f} s")
+            time.sleep(TICK)
+
+    def finish(self, wish: Wish) -> None:
+        """
+        Let the load deliver its last, and show that.
+
+        Raises:
+            DemoError: The load did not end well, or no metric of a pool has come at all.
+        """
+        was_running = self._load.ended is None
+        self._load.stop()
+        self._show()
+        if not was_running and self._load.ended:
+            raise self._failed(f"the load died with status {self._load.ended}")
+        if wish.signal is None and not self._heard:
+            raise self._failed("no metric of a pool has come")
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def _over(self, seconds: float | None) -> bool:
+        # Of its traffic: how long it takes to start is the machine's affair.
+        since = self._load.since
+        return seconds is not None and since is not None and time.monotonic() - since >= seconds
+
+    @property
+    def _heard(self) -> bool:
+        # What goes elsewhere is not ours to judge.
+        return self._receiver is None or bool(self._pools())
+
+    def _pools(self) -> list[PoolRow]:
+        return [] if self._receiver is None else rows(self._receiver.series())
+
+    def _show(self) -> None:
+        self._screen.show(Status(self._seconds, self._load.phase, self._origin()), self._pools())
+
+    def _origin(self) -> str:
+        if self._receiver is not None:
+            heard = f"{self._receiver.exports} exports, {self._receiver.spans} spans received"
+            return f"{SERVICE} -> OTLP {self._where}: {heard}"
+        said = self._load.last_words().rpartition("\n")[2]
+        return f"{SERVICE} -> OTLP {self._where}: look there, nothing is received here" + (f"\n{said}" if said else "")
+
+    def _failed(self, what: str) -> DemoError:
+        said = self._load.last_words()
+        return DemoError(f"{what}; the load said:\n{said}" if said else what)
+
+
+def run(seconds: float | None, cycle: float, out: TextIO) -> int:
+    """
+    Run the demo and return its exit status.
+
+    Args:
+        seconds: When to end at the latest; by default after one cycle, and on a terminal never.
+        cycle: Seconds of one cycle: steady traffic, a burst, recovery.
+        out: Where the table goes.
+    """
+    endless = seconds is not None or out.isatty()
+    with wishes() as wish:
+        try:
+            with ExitStack() as stack:
+                play = _set_up(stack, wish, cycle, 0 if endless else 1, out)
+                if play is not None:
+                    play.watch(wish, seconds)
+                    play.finish(wish)
+        except (DemoError, PostgresStartError) as error:
+            print(f"otel-pools demo: {error}", file=sys.stderr)
+            return 1
+        return wish.status
+
+
+def _set_up(stack: ExitStack, wish: Wish, cycle: float, cycles: int, out: TextIO) -> Play | None:
+    """Everything in its order, so that it ends in the other; None if by then nobody wants it any more."""
+    target = elsewhere(os.environ)
+    receiver = stack.enter_context(Receiver() if target is None else nullcontext())
+    postgres = stack.enter_context(Postgres(DATABASE))
+    if wish.signal is not None:
+        return None
+    environ = environment(os.environ, receiver.endpoint if receiver else None)
+    load = stack.enter_context(Load(postgres.url("asyncpg"), environ, cycle, cycles))
+    screen = LiveScreen(out) if out.isatty() else PlainScreen(out)
+    stack.callback(screen.close)
+    return Play(load, receiver, _safe(target) or (receiver.endpoint if receiver else ""), screen)
+
+
+def _safe(endpoint: str | None) -> str:
+    """An endpoint without the user and password that may stand in it."""
+    if endpoint is None:
+        return ""
+    scheme, mark, rest = endpoint.rpartition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"

@@ -1,0 +1,284 @@
+"""The OTLP receiver, over real HTTP: the real exporter on one side, hostile clients on the other."""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import socket
+import threading
+import zlib
+from urllib.parse import urlsplit
+
+import pytest
+
+pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+
+from opentelemetry.exporter.otlp.proto.http import Compression
+from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider
+from opentelemetry.sdk.metrics.export import AggregationTemporality, PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+from otel_pools import _receiver
+from otel_pools._receiver import Distribution, Receiver
+
+DELTA = AggregationTemporality.DELTA
+
+
+@pytest.fixture
+def receiver():
+    with Receiver() as running:
+        yield running
+
+
+@pytest.fixture
+def exported(receiver):
+    """A meter whose metrics go to the receiver when flushed; as many as are asked for."""
+    providers = []
+
+    def provide(instance="one", **options):
+        exporter = OTLPMetricExporter(f"{receiver.endpoint}/v1/metrics", **options)
+        reader = PeriodicExportingMetricReader(exporter, export_interval_millis=1e9)
+        resource = Resource({"service.name": "shop", "service.instance.id": instance})
+        providers.append(MeterProvider([reader], resource))
+        return providers[-1]
+
+    yield provide
+    for provider in providers:
+        provider.shutdown()
+
+
+def post(receiver, path="/v1/metrics", body=b"", **headers):
+    """One request as a hostile client would write it; status and reason."""
+    given = {"Content-Type": "application/x-protobuf"} | {key.replace("_", "-"): v for key, v in headers.items()}
+    connection = http.client.HTTPConnection(urlsplit(receiver.endpoint).netloc, timeout=10)
+    try:
+        connection.request("POST", path, body, given)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def values(receiver):
+    return {one.now.name: one.now.value for one in receiver.series()}
+
+
+@pytest.mark.parametrize("compression", list(Compression))
+def test_takes_what_the_exporter_sends(receiver, exported, compression):
+    """Numbers and histograms arrive as they were recorded, packed or not."""
+    provider = exported(compression=compression)
+    provider.get_meter("m").create_counter("hits").add(3, {"path": "idle"})
+    provider.get_meter("m").create_histogram("wait", explicit_bucket_boundaries_advisory=[1.0, 2.0]).record(1.5)
+    provider.force_flush()
+
+    assert values(receiver) == {"hits": 3, "wait": Distribution(1, 1.5, (1.0, 2.0), (0, 1, 0))}
+
+
+def test_keeps_two_points_of_a_series(receiver, exported):
+    """The newest point and the one before it are there, so that a difference can be told."""
+    provider = exported()
+    hits = provider.get_meter("m").create_counter("hits")
+    for _ in range(3):
+        hits.add(1)
+        provider.force_flush()
+    [series] = receiver.series()
+
+    assert (series.now.value, series.before.value) == (3, 2)
+    assert series.now.seconds > series.before.seconds
+
+
+def test_adds_deltas_up(receiver, exported):
+    """Of a process that exports differences, the sum is kept, as of the others."""
+    provider = exported(preferred_temporality={Counter: DELTA, Histogram: DELTA})
+    hits = provider.get_meter("m").create_counter("hits")
+    wait = provider.get_meter("m").create_histogram("wait", explicit_bucket_boundaries_advisory=[1.0])
+    for _ in range(3):
+        hits.add(2)
+        wait.record(0.5)
+        provider.force_flush()
+
+    assert values(receiver) == {"hits": 6, "wait": Distribution(3, 1.5, (1.0,), (3, 0))}
+
+
+def test_keeps_processes_apart(receiver, exported):
+    """The same series of two instances are two series."""
+    for instance in ("one", "two"):
+        provider = exported(instance)
+        provider.get_meter("m").create_counter("hits").add(1)
+        provider.force_flush()
+
+    assert sorted((one.now.source, one.now.service) for one in receiver.series()) == [("one", "shop"), ("two", "shop")]
+
+
+def test_forgets_the_stalest_series_first(receiver, exported, monkeypatch):
+    """There is a limit to the series it keeps; what was heard of last stays."""
+    monkeypatch.setattr(_receiver, "MAX_SERIES", 2)
+    provider = exported()
+    hits = provider.get_meter("m").create_counter("hits")
+    for path in ("a", "b", "c"):
+        hits.add(1, {"path": path})
+    provider.force_flush()
+
+    assert [one.now.attributes["path"] for one in receiver.series()] == ["b", "c"]
+
+
+def test_tells_of_each_export(exported):
+    """Whoever asked to be told gets the points of the export."""
+    told = []
+    with Receiver(on_metrics=told.append) as receiver:
+        exporter = OTLPMetricExporter(f"{receiver.endpoint}/v1/metrics")
+        provider = MeterProvider([PeriodicExportingMetricReader(exporter, export_interval_millis=1e9)])
+        provider.get_meter("m").create_counter("hits").add(1)
+        provider.shutdown()
+
+    assert [[point.name for point in points] for points in told] == [["hits"]]
+
+
+def test_counts_spans(receiver):
+    """Of spans, it knows how many came."""
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(f"{receiver.endpoint}/v1/traces")))
+    for _ in range(2):
+        provider.get_tracer("t").start_span("s").end()
+    provider.shutdown()
+
+    assert receiver.spans == 2
+
+
+def test_says_in_one_sentence_what_it_has(receiver):
+    """The repr counts what has come."""
+    post(receiver)
+    post(receiver, "/v1/logs")
+
+    assert repr(receiver) == f"<Receiver on {receiver.endpoint} [1 exports, 0 series | 0 spans | 0 logs]>"
+
+
+def test_listens_on_loopback_alone(receiver):
+    """Other machines cannot reach it."""
+    assert receiver._server.socket.getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("path", ["/v1/metrics", "/v1/traces", "/v1/logs"])
+def test_refuses_garbage(receiver, path):
+    """A body that is no such message is the client's mistake."""
+    assert post(receiver, path, b"\xff\xfe garbage") == (400, "not a protobuf message of this kind")
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/metric", "/v1/metrics/", "/../v1/metrics"])
+def test_knows_three_paths(receiver, path):
+    """Any other path is not found."""
+    assert post(receiver, path)[0] == 404
+
+
+@pytest.mark.parametrize(("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_refuses_a_bomb(receiver, encoding, pack):
+    """A small body that unpacks to more than the limit is refused."""
+    bomb = pack(bytes(_receiver.MAX_BODY + 1))
+
+    assert post(receiver, body=bomb, Content_Encoding=encoding) == (413, f"more than {_receiver.MAX_BODY} bytes")
+
+
+def test_refuses_a_body_that_is_too_large(receiver):
+    """A plain body over the limit is refused, and the client gets to read why."""
+    assert post(receiver, body=bytes(_receiver.MAX_BODY + 1))[0] == 413
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"), [(b"not gzip", "not gzip"), (gzip.compress(b"abc" * 99)[:-9], "gzip that ends too early")]
+)
+def test_refuses_broken_gzip(receiver, body, reason):
+    """What calls itself gzip and is not, or not all of it, is the client's mistake."""
+    assert post(receiver, body=body, Content_Encoding="gzip") == (400, reason)
+
+
+def test_refuses_other_encodings_and_types(receiver):
+    """JSON and unknown encodings are refused as what they are, not as garbage."""
+    json, brotli = post(receiver, body=b"{}", Content_Type="application/json"), post(receiver, Content_Encoding="br")
+
+    assert (json[0], brotli[0]) == (415, 415)
+
+
+@pytest.mark.parametrize("length", ["-1", "+5", "ten", "\u0663", ""])
+def test_refuses_a_length_that_is_none(receiver, length):
+    """A Content-Length must be a number in plain digits."""
+    assert post(receiver, Content_Length=length.encode())[0] == 411
+
+
+def test_passes_over_broken_histograms(receiver):
+    """A histogram whose buckets and bounds do not fit is left out, and the rest is taken."""
+    request = ExportMetricsServiceRequest()
+    metric = request.resource_metrics.add().scope_metrics.add().metrics.add(name="wait")
+    metric.histogram.data_points.add(count=1, bucket_counts=[1, 2, 3], explicit_bounds=[1.0])
+    metric.histogram.data_points.add(count=1, bucket_counts=[1, 0], explicit_bounds=[1.0])
+
+    assert post(receiver, body=request.SerializeToString())[0] == 200
+    assert values(receiver) == {"wait": Distribution(1, 0.0, (1.0,), (1, 0))}
+
+
+def test_closes_while_a_client_hangs():
+    """A client that never finishes its request does not keep the receiver from closing, nor a thread alive."""
+    before = set(threading.enumerate())
+    with Receiver() as receiver, socket.create_connection(receiver._server.server_address) as client:
+        client.sendall(b"POST /v1/metrics HTTP/1.1\r\nContent-Length: 100\r\n\r\n")
+        while not receiver._server._open:
+            pass
+        receiver.close()
+
+        assert set(threading.enumerate()) == before
+
+
+def test_survives_clients_that_leave(receiver, capfd):
+    """A client that hangs up in the middle costs no word on the terminal, and the next one is served."""
+    for _ in range(3):
+        with socket.create_connection(receiver._server.server_address) as client:
+            client.sendall(b"POST /v1/metrics HTTP/1.1\r\nContent-Length: 9\r\n\r\nabc")
+
+    assert post(receiver)[0] == 200
+    assert capfd.readouterr().err == ""
+
+
+# -- distributions -----------------------------------------------------------------------
+
+HALVES = Distribution(4, 4.0, (1.0, 2.0), (2, 2, 0))
+
+
+@pytest.mark.parametrize(("q", "value"), [(0.25, 0.5), (0.5, 1.0), (0.75, 1.5), (1.0, 2.0)])
+def test_a_quantile_lies_inside_its_bucket(q, value):
+    """Values are taken to be spread evenly in their bucket."""
+    assert HALVES.quantile(q) == value
+
+
+def test_a_quantile_beyond_the_last_bound_is_that_bound():
+    """Of what lies above all bounds only this much is known."""
+    assert Distribution(1, 9.0, (1.0,), (0, 1)).quantile(0.5) == 1.0
+
+
+def test_nothing_has_no_quantile():
+    """Without values there is no quantile."""
+    assert HALVES.since(HALVES).quantile(0.5) is None
+
+
+def test_the_difference_is_what_came_since():
+    """Two readings of a growing histogram give what happened in between."""
+    later = Distribution(5, 5.5, (1.0, 2.0), (2, 3, 0))
+
+    assert later.since(HALVES) == Distribution(1, 1.5, (1.0, 2.0), (0, 1, 0))
+
+
+def test_a_process_that_began_anew_counts_from_nothing():
+    """A histogram that has shrunk was started again: all of it is new."""
+    fresh = Distribution(1, 0.5, (1.0, 2.0), (1, 0, 0))
+
+    assert fresh.since(HALVES) == fresh
+
+
+def test_different_buckets_are_not_added():
+    """Of two histograms with other bounds the second is kept."""
+    other = Distribution(1, 0.5, (3.0,), (1, 0))
+
+    assert HALVES + other == other

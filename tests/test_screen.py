@@ -1,0 +1,193 @@
+"""From series to rows, and from rows to a table."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("opentelemetry.proto")
+
+from rich.console import Console
+
+from otel_pools import _screen
+from otel_pools import _vocabulary as words
+from otel_pools._receiver import Distribution, Point, Series
+from otel_pools._screen import LiveScreen, PlainScreen, PoolRow, Status, drawing, plain, rows
+
+METRICS = {metric.name: metric for metric in words.METRICS}
+STATUS = Status(3.0, "burst: many", "from somewhere")
+
+
+def series(name, now, before=None, *, pool="shop", source="one", seconds=2.0, **extra):
+    """A series of one of our metrics, with points *seconds* apart."""
+    identity = {METRICS[name].pool_key: pool, words.SYSTEM: "postgresql", words.ADDRESS: "db"}
+
+    def point(value, moment):
+        return Point(source, "app", name, {**identity, **extra}, value, moment)
+
+    return Series(point(now, 100.0 + seconds), None if before is None else point(before, 100.0))
+
+
+def checkouts(now, before=None, path=words.IDLE, error=None):
+    return series(_screen.CHECKOUTS, now, before, **{words.PATH: path}, **({words.ERROR: error} if error else {}))
+
+
+def waits(*counts, before=None):
+    def distribution(counts):
+        return Distribution(sum(counts), 0.0, (1.0, 2.0), tuple(counts))
+
+    return series(words.WAIT.name, distribution(counts), distribution(before) if before else None)
+
+
+def test_both_names_of_a_pool_are_one_row():
+    """What comes under semconv's key and what comes under ours are the same pool."""
+    [row] = rows(
+        [
+            series(_screen.COUNT, 2, **{words.STATE: "used"}),
+            series(_screen.COUNT, 3, **{words.STATE: "idle"}),
+            series(_screen.MAX, 8),
+            series(_screen.PEAK, 5),
+            series(_screen.OVERFLOW, 1),
+            series(_screen.PENDING, 4),
+            series(_screen.OLDEST, 0.5),
+            series(_screen.TIMEOUTS, 6),
+            series(_screen.CREATED, 7),
+        ]
+    )
+
+    assert row == PoolRow(
+        "shop", "postgresql", 2, 3, 8, 1, 5, 4, oldest_wait=0.5, rates={}, timeouts=6, created=7, closed=None
+    )
+
+
+def test_pools_and_processes_have_rows_of_their_own():
+    """Another name or another process is another row, in the order of names."""
+    told = [series(_screen.MAX, 1, pool="b"), series(_screen.MAX, 2, pool="a"), series(_screen.MAX, 3, source="two")]
+
+    assert [(row.name, row.max) for row in rows([*told, series(_screen.MAX, 4)])] == [
+        ("a", 2),
+        ("b", 1),
+        ("shop", 4),
+        ("shop", 3),
+    ]
+
+
+def test_other_metrics_are_passed_over():
+    """A series without the name of a pool is nobody's row."""
+    assert rows([Series(Point("one", "app", "http.server.active_requests", {}, 1, 1.0))]) == []
+
+
+def test_closed_connections_add_up_over_their_reasons():
+    """The table has one number for all reasons."""
+    told = [series(_screen.CLOSED, 2, **{words.REASON: "recycle"}), series(_screen.CLOSED, 3, **{words.REASON: "idle"})]
+
+    assert rows(told)[0].closed == 5
+
+
+def test_rates_are_per_second_of_the_last_interval():
+    """Ten more in two seconds are five a second, path by path."""
+    [row] = rows([checkouts(30, 20), checkouts(6, 2, path=words.QUEUED), checkouts(8, 4, words.QUEUED, words.TIMEOUT)])
+
+    assert row.rates == {words.IDLE: 5.0, words.QUEUED: 2.0, words.TIMEOUT: 2.0}
+
+
+def test_the_first_timeout_counts():
+    """A series that is new in a known pool began at nothing."""
+    [row] = rows([checkouts(30, 20), checkouts(4, path=words.QUEUED, error=words.TIMEOUT)])
+
+    assert row.rates[words.TIMEOUT] == 2.0
+
+
+def test_there_is_no_rate_before_there_is_an_interval():
+    """One export alone says nothing about speed."""
+    assert rows([checkouts(30)])[0].rates == {words.IDLE: 0.0}
+
+
+def test_a_restarted_process_has_no_negative_rate():
+    """A counter that fell was begun anew."""
+    assert rows([checkouts(3, 20)])[0].rates == {words.IDLE: 0.0}
+
+
+def test_waits_are_those_of_the_last_interval():
+    """Old waits do not hide new ones: the quantiles come from what the buckets gained."""
+    [row] = rows([waits(100, 4, 0, before=(100, 0, 0))])
+
+    assert (row.p50, row.p95) == (1.5, 1.95)
+
+
+def test_nonsense_numbers_do_not_break_the_table():
+    """A NaN or an infinity from another process is shown as nothing."""
+    told = [series(_screen.MAX, float("nan")), series(_screen.PEAK, float("inf")), checkouts(float("nan"), 1)]
+
+    assert (rows(told)[0].max, rows(told)[0].peak) == (0, 0)
+
+
+def test_the_plain_table_has_every_number():
+    """The text has the phase, a heading, a line per pool and the origin."""
+    row = PoolRow(
+        "shop", "postgresql", 2, 3, 8, 0, 5, 4, 1.26, {words.IDLE: 5.0, "timeout": 2.0}, 0.0012, 0.25, 6, 7, 1
+    )
+    phase, headings, line, origin = plain(STATUS, [row]).splitlines()
+
+    assert (phase, origin) == ("[  3.0 s] burst: many", "from somewhere")
+    assert headings.split("  ")[0] == "pool"
+    assert [cell.strip() for cell in line.split("  ") if cell.strip()] == [
+        "shop",
+        "postgresql",
+        "2/3/8",
+        "0",
+        "5",
+        "4",
+        "1.3 s",
+        "5 idle, 0 new, 0 queued, 2 timeout",
+        "1.2 ms/250 ms",
+        "6",
+        "7/1",
+    ]
+
+
+def test_what_is_not_known_is_a_dash():
+    """An unlimited pool has no maximum to show."""
+    assert "2/-/-" in plain(STATUS, [PoolRow("shop", "", 2)])
+
+
+def test_without_a_pool_it_says_so():
+    """Before the first export there is a sentence instead of a table."""
+    assert "no pool has been heard of yet" in plain(STATUS, [])
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    """A hostile name cannot move the cursor or change the title."""
+    [row] = rows([series(_screen.MAX, 1, pool="evil\x1b]0;title\x07\r\n")])
+
+    assert row.name == "evil?]0;title???"
+
+
+def drawn(row):
+    out = io.StringIO()
+    Console(file=out, width=200, force_terminal=False).print(drawing(STATUS, [row]))
+    return out.getvalue()
+
+
+def test_the_drawing_has_a_bar():
+    """Used, idle and what may still be opened are shares of the bar."""
+    assert "█" * 6 + "▒" * 6 + "·" * 12 in drawn(PoolRow("shop", "postgresql", used=2, idle=2, max=8))
+
+
+def test_a_name_is_no_markup():
+    """Square brackets in a name are shown as they are."""
+    assert "[red]shop" in drawn(PoolRow("[red]shop", "postgresql"))
+
+
+@pytest.mark.parametrize("kind", [PlainScreen, LiveScreen])
+def test_a_screen_shows_and_says_how_often(kind):
+    """Each screen writes the table to where it was told, and its repr counts."""
+    out = io.StringIO()
+    screen = kind(out)
+    screen.show(STATUS, [PoolRow("shop", "postgresql", 2)])
+    screen.close()
+
+    assert "shop" in out.getvalue()
+    assert repr(screen) == f"<{kind.__name__} [1 shown]>"
