@@ -109,7 +109,7 @@ def postgres_async_cycles(url: str) -> tuple[Run, Any]:
 
 @contextmanager
 def ours(_: Any) -> Iterator[None]:
-    """This package, with an SDK and a reader."""
+    """Instrumented by us, with an SDK and a reader."""
     otel_pools.instrument(meter_provider=PROVIDER)
     try:
         yield

@@ -187,7 +187,8 @@ def test_a_name_whose_pools_are_gone_keeps_its_counters(telemetry):
         gc.collect()
     now = telemetry.read()
 
-    assert (now.value("otel_pools.checkouts"), now.points("otel_pools.pools")) == (3, [])
+    assert now.value("otel_pools.checkouts", otel_pools__pool__name="short-lived") == 3
+    assert now.points("otel_pools.pools", otel_pools__pool__name="short-lived") == []
 
 
 def test_a_finaliser_inside_a_collection_does_not_hang(telemetry):

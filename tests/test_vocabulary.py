@@ -65,7 +65,7 @@ def test_names_are_unique():
 @pytest.mark.parametrize("row", words.METRICS, ids=lambda row: row.name)
 def test_the_readme_has_the_row(row):
     """The README's table has each metric with its kind, unit and attributes."""
-    keys = ", ".join(f"`{key}`" for key in row.keys) or "–"
+    keys = ", ".join(f"`{key}`" for key in row.keys) or "-"
 
     assert f"| `{row.name}` | {row.kind.value} | `{row.unit}` | {keys} | {row.description} |" in README.read_text()
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.pool import QueuePool
 
 import otel_pools
-from otel_pools import _guard
+from otel_pools import _doors, _guard
 from otel_pools._watch import Passage, age
 
 
@@ -31,8 +32,9 @@ class Stub:
 
 
 @pytest.fixture
-def registry(telemetry):
-    """SQLAlchemy's registry, watching."""
+def registry(telemetry, monkeypatch):
+    """SQLAlchemy's registry, watching; it does not look for what other tests have left."""
+    monkeypatch.setattr(_doors, "sys", SimpleNamespace(modules={}))
     otel_pools.instrument(meter_provider=telemetry.meter_provider, tracer_provider=telemetry.tracer_provider)
     return otel_pools.SQLAlchemyPoolInstrumentor._registry
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import sqlite3
 import time
 import uuid
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy
@@ -61,7 +61,7 @@ class Flavour:
         """How many connections the server, or the operating system, sees."""
         if self.admin is None:
             path = self.url.removeprefix("sqlite:///").removeprefix("sqlite+aiosqlite:///")
-            return sum(_target(fd) == path for fd in os.listdir("/proc/self/fd"))
+            return sum(_target(fd) == path for fd in Path("/proc/self/fd").iterdir())
         return self.admin.backends(self.app)
 
     def settles(self, number):
@@ -76,7 +76,7 @@ class Flavour:
 
 def _target(fd):
     try:
-        return os.readlink(f"/proc/self/fd/{fd}")
+        return str(fd.readlink())
     except OSError:
         return None
 

@@ -275,7 +275,7 @@ def why_closed() -> str:
     return _reason([frame.f_code.co_name for frame in frames], frames)
 
 
-def _reason(callers: list[str], frames: list[FrameType]) -> str:
+def _reason(callers: list[str], frames: list[FrameType]) -> str:  # noqa: PLR0911  # a table, in the form of a match
     match callers:
         case ["_finalize_fairy", *_]:  # it had been detached, and is now really closed
             return "closed"

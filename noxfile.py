@@ -1,0 +1,74 @@
+"""The checks of this project: `nox` runs what CI runs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nox
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PROJECT)
+MAIN = "3.11"  # the one that all supported versions of all libraries run on
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "uv|virtualenv"
+# A machine that lacks one of the Pythons tests the others, in CI too.
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["lint", "tests", "targets", "wheel"]
+
+# Oldest supported, newest of the stable line, newest.
+SQLALCHEMY = ["==2.0.0", "==2.0.*", ">=2.1"]
+
+
+@nox.session(python=MAIN)
+def lint(session: nox.Session) -> None:
+    """Format, lint, types."""
+    session.install("-e", ".[demo]", *nox.project.dependency_groups(PROJECT, "lint", "test"))
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("mypy")
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Everything, on every Python."""
+    session.install("-e", ".[demo]", *nox.project.dependency_groups(PROJECT, "test"))
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=MAIN)
+@nox.parametrize("sqlalchemy", SQLALCHEMY)
+def targets(session: nox.Session, sqlalchemy: str) -> None:
+    """The contract and the truth, on each version of the library; on 1.4 the contract alone."""
+    session.install("-e", ".[demo]", *nox.project.dependency_groups(PROJECT, "test"))
+    session.install(f"sqlalchemy[asyncio]{sqlalchemy}")
+    session.run("pytest", "tests/targets", *session.posargs)
+
+
+@nox.session(python=MAIN)
+def legacy(session: nox.Session) -> None:
+    """SQLAlchemy 1.4, as far as it goes: on demand."""
+    session.install("-e", ".", *nox.project.dependency_groups(PROJECT, "test"))
+    session.install("sqlalchemy[asyncio]==1.4.*")
+    session.run("pytest", "tests/targets/test_sqlalchemy.py", "-k", "TestSync or TestAsync or TestBare")
+
+
+@nox.session(python=MAIN)
+def wheel(session: nox.Session) -> None:
+    """The built wheel where there is none of the libraries: silent, and complete."""
+    built = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(built, ignore_errors=True)
+    session.install("build", "twine")
+    session.run("python", "-m", "build", "--outdir", str(built), silent=True)
+    session.run("twine", "check", "--strict", *map(str, built.iterdir()))
+    session.run("python", "-m", "pip", "--version", external=True, silent=True)
+    session.install("--force-reinstall", str(next(built.glob("*.whl"))), "opentelemetry-distro", "pytest")
+    session.run("python", "tests/packaging_check.py", external=False)
+
+
+@nox.session(python=MAIN)
+def bench(session: nox.Session) -> None:
+    """What we cost, as a table: on demand, on a quiet machine."""
+    session.install("-e", ".[demo]", *nox.project.dependency_groups(PROJECT, "test"))
+    session.run("python", "benchmarks/cycle.py", *session.posargs)
