@@ -32,6 +32,12 @@ ENOUGH = 60  # seconds after which a hanging demo is a failure
 LINE = re.compile(r"^shop +postgresql .* (?P<timeouts>\d+) +\d+/\S+$", re.MULTILINE)
 
 
+def as_from_a_terminal():
+    """No signal is ignored, though the tests may run under nohup or in the background of a shell."""
+    for name in SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 class Demo:
     """The demo in a process of its own, whose temporary files are in a folder of their own."""
 
@@ -44,6 +50,7 @@ class Demo:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=as_from_a_terminal,
         )
         self.family = []
 

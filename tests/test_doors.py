@@ -122,6 +122,27 @@ def test_from_sqlalchemy_import_before_us():
     assert plain(program).stdout == "['after', 'before']\n"
 
 
+def test_an_async_engine_counts_once():
+    """An asyncio engine whose module is first imported after `instrument()` is one pool and one connection."""
+    program = """
+        import asyncio, otel_pools
+        from otel_pools.testing import Telemetry
+        telemetry = Telemetry()
+        otel_pools.instrument(meter_provider=telemetry.meter_provider)
+        from sqlalchemy.ext.asyncio import create_async_engine
+        from sqlalchemy.pool import AsyncAdaptedQueuePool
+        async def main():
+            engine = create_async_engine("sqlite+aiosqlite://", poolclass=AsyncAdaptedQueuePool)
+            async with engine.connect():
+                now = telemetry.read()
+                print(now.count("used"), now.value("otel_pools.pools"))
+            await engine.dispose()
+        asyncio.run(main())
+    """
+
+    assert plain(program).stdout == "1.0 1.0\n"
+
+
 def test_without_the_library():
     """A missing library is silent by default, and a line with the pip command when it was asked for."""
     without = "import sys; sys.modules['sqlalchemy'] = None\nimport importlib.util as u; find = u.find_spec\n"

@@ -158,7 +158,7 @@ def test_the_sdk_may_come_late():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
 
-    assert (done.stdout.split(), done.stderr) == (["7", "7", "1"], "")
+    assert (done.stdout.split(), done.stderr) == (["7.0", "7.0", "1.0"], "")
 
 
 def test_without_any_sdk_nothing_grows(pool, monkeypatch):

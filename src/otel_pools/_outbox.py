@@ -101,8 +101,9 @@ class Outbox:
 
     def tally(self) -> Tally:
         """What has been counted so far."""
-        timeouts = sum(count for (_, error), count in self._checkouts.items() if error == words.TIMEOUT)
-        return Tally(dict(self._checkouts), timeouts, self._created, dict(self._closed), self._dropped)
+        checkouts = dict(self._checkouts)  # in one step: a request may be spilling
+        timeouts = sum(count for (_, error), count in checkouts.items() if error == words.TIMEOUT)
+        return Tally(checkouts, timeouts, self._created, dict(self._closed), self._dropped)
 
     def _take(self) -> tuple[list[float], list[Note], list[float], list[float]]:
         """Empty the lists and count what was in them."""

@@ -522,3 +522,73 @@ def test_task_storm_with_cancellation(flavour, telemetry):
     with leaking():
         asyncio.run(main())
         gc.collect()
+
+
+@tasks_only
+@pytest.mark.parametrize("moment", ["connect", "checkout", "checkin"])
+def test_cancelled_at_every_step(flavour, telemetry, moment):
+    """A task cancelled after each number of steps, connecting, pinging or returning: nothing stays used."""
+    otel_pools.instrument(meter_provider=telemetry.meter_provider)
+
+    async def borrow(engine):
+        async with engine.connect() as connection:
+            if moment == "checkin":
+                await connection.execute(text("SELECT 1"))
+            else:
+                await asyncio.sleep(10)
+
+    async def cancel_after(steps, engine):
+        task = asyncio.create_task(borrow(engine))
+        for _ in range(steps):
+            await asyncio.sleep(0.0003)
+        task.cancel()
+        with suppress(asyncio.CancelledError, exc.DBAPIError):
+            await task
+
+    async def main():
+        engine = AsyncEngine(flavour.engine(pool_size=1, max_overflow=0, pool_timeout=5, pool_pre_ping=True))
+        for steps in range(25):
+            if moment == "connect":
+                await engine.dispose()
+            await cancel_after(steps, engine)
+        gc.collect()
+        await asyncio.sleep(0.05)
+        now = telemetry.read()
+
+        assert now.count("used") == 0
+        assert now.value("otel_pools.wait.oldest") == now.value("otel_pools.use.oldest") == 0
+        assert flavour.settles(now.count("idle")) or (LOSES and flavour.open() > now.count("idle"))
+        lost = now.value("otel_pools.connection.created") - sum(now.closed().values()) - now.count("idle")
+        assert lost == 0 or (LOSES and lost > 0)
+        assert now.value("otel_pools.checkouts") == now.value("db.client.connection.wait_time")
+        await engine.dispose()
+
+    with leaking():
+        asyncio.run(main())
+        gc.collect()
+
+
+def test_creator_fails_with_an_empty_record(play):
+    """An outage that meets a pool with an invalidated record: five failures leave nothing used, nothing idle."""
+
+    def scenario(stage):
+        connection = stage.engine.connect()
+        connection.invalidate()
+        connection.close()
+        creator = stage.engine.pool._creator
+        stage.engine.pool._creator = fail
+        for _ in range(5):
+            with pytest.raises((exc.DBAPIError, ConnectionError)):
+                stage.engine.connect()
+        down = stage.telemetry.read()
+        stage.engine.pool._creator = creator
+        stage.engine.connect().close()
+        stage.is_true(0, 1)
+
+        assert (down.count("used"), down.count("idle")) == (0, 0)
+        assert down.value("otel_pools.checkouts", error__type="connect_error") == 5
+
+    def fail():
+        raise ConnectionError("down")
+
+    play(scenario)

@@ -269,7 +269,7 @@ def why_closed() -> str:
     """
     frame: FrameType | None = sys._getframe(2)
     frames: list[FrameType] = []
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("sqlalchemy."):
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("sqlalchemy."):
         frames.append(frame)
         frame = frame.f_back
     return _reason([frame.f_code.co_name for frame in frames], frames)
