@@ -50,7 +50,7 @@ class Demo:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=as_from_a_terminal,
+            preexec_fn=as_from_a_terminal,  # noqa: PLW1509  # no other thread runs here
         )
         self.family = []
 

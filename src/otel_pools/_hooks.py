@@ -84,10 +84,6 @@ def _resolve(where: str) -> tuple[Any, str]:
     return owner, name
 
 
-def _itself(thing: Any) -> Any:
-    return thing
-
-
 def acquire(where: str, *, lease: Pick, refusal: Refusal) -> Hook:
     """
     A call on a pool that borrows a connection; its duration is the wait time.
@@ -124,12 +120,14 @@ def acquire(where: str, *, lease: Pick, refusal: Refusal) -> Hook:
                     leases[id(held)] = end
                     if len(leases) > watch.ledger.peak:
                         watch.ledger.peak = len(leases)
-                    if passage() is None and end - start < watch.slow:
-                        watch.waits.append(end - start)
-                        if len(watch.waits) > LIMIT:
+                    seconds = end - start
+                    if passage() is None and seconds < watch.slow:
+                        waits = watch.waits
+                        waits.append(seconds)
+                        if len(waits) > LIMIT:
                             watch.ledger.outbox.spill()
                     else:
-                        watch.acquired(start, end)
+                        watch.acquired(start, seconds)
             except Exception as mistake:
                 lost_quietly("a checkout", mistake)
             return result
@@ -139,9 +137,9 @@ def acquire(where: str, *, lease: Pick, refusal: Refusal) -> Hook:
     return Hook("acquire", where, compile)
 
 
-def release(where: str, *, pool: Pick, lease: Pick = _itself) -> Hook:
+def release(where: str, *, pool: Pick) -> Hook:
     """
-    A call that gives a connection back; it ends the use time.
+    A call on what was lent that gives it back; it ends the use time.
 
     A finaliser may make it, inside any lock at all: what happens here takes
     no lock, makes no SDK call and logs nothing.
@@ -150,9 +148,9 @@ def release(where: str, *, pool: Pick, lease: Pick = _itself) -> Hook:
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
         watches, find = registry.watches, registry.find
 
-        def checkin(thing: Any, *args: Any, **kwargs: Any) -> Any:
+        def checkin(held: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                owner, held = pool(thing), lease(thing)
+                owner = pool(held)
                 watch = watches.get(id(owner)) or find(owner)
                 if watch is not None:
                     since = watch.leases.pop(id(held), None)
@@ -162,7 +160,7 @@ def release(where: str, *, pool: Pick, lease: Pick = _itself) -> Hook:
                         watch.uses.append(clock() - since)
             except Exception as mistake:
                 lost_quietly("a checkin", mistake)
-            return original(thing, *args, **kwargs) if args or kwargs else original(thing)
+            return original(held, *args, **kwargs) if args or kwargs else original(held)
 
         return checkin
 

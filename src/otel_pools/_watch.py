@@ -160,9 +160,9 @@ class Watch:
 
     # -- what can happen -------------------------------------------------------
 
-    def acquired(self, start: float, end: float) -> None:
+    def acquired(self, start: float, seconds: float) -> None:
         """Somebody got a connection, slowly or by a detour; the common case never comes here."""
-        self._noted(end - start, _ended(_passage.get(), start), None)
+        self._noted(seconds, _ended(_passage.get(), start), None)
 
     def failed(self, ticket: int, start: float, error: BaseException, refusal: Refusal) -> None:
         """Somebody asked and got none; *error* goes on to the caller untouched."""
