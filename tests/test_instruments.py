@@ -96,6 +96,10 @@ def test_excluded_metrics_are_not_made(pool, telemetry):
 
     assert not set(excluded) & set(now.metrics)
     assert now.value("db.client.connection.use_time") == 1
+    otel_pools.uninstrument()
+    otel_pools.instrument(meter_provider=telemetry.meter_provider)
+    pool.connect().close()
+    assert telemetry.read().count("idle") == telemetry.value("otel_pools.checkouts") == 1
 
 
 def test_instrumenting_again_makes_no_second_callback(pool, telemetry):
@@ -235,7 +239,7 @@ def test_reprs():
     meter = MeterProvider().get_meter("m")
 
     assert repr(outbox) == "<Outbox [1 samples waiting, 0 dropped]>"
-    assert repr(Instruments("t", meter, frozenset())) == "<Instruments of t [no registry]>"
+    assert repr(Instruments("t", meter)) == "<Instruments of t [no registry]>"
     assert repr(Telemetry()) == "<Telemetry [0 metrics, 0 spans]>"
 
 

@@ -131,7 +131,7 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
             with guard(f"looking for pools of {target.name}"):
                 target.discover(registry)
         cls._registry = registry
-        cls._instruments = instruments(target.name, meter_provider, frozenset(chosen.metrics_exclude))
+        cls._instruments = instruments(target.name, meter_provider)
         cls._instruments.registry = registry
 
     def _uninstrument(self, **_: Any) -> None:

@@ -11,6 +11,7 @@ from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observa
 from . import _guard
 from . import _vocabulary as words
 from ._model import Identity, Reading
+from ._outbox import Histogram
 from ._registry import Registry
 from ._version import __version__
 from ._vocabulary import CREATE, METRICS, USE, WAIT, Kind, Metric
@@ -32,19 +33,16 @@ class Instruments:
     pools are read once and not once per metric.
     """
 
-    def __init__(self, target: str, meter: Meter, excluded: frozenset[str]) -> None:
+    def __init__(self, target: str, meter: Meter) -> None:
         self.registry: Registry | None = None
         self._target = target
         self._readings: list[tuple[Identity, Reading]] = []
-        self._histograms = (
-            _histogram(meter, WAIT, excluded),
-            _histogram(meter, USE, excluded),
-            _histogram(meter, CREATE, excluded),
-        )
+        self._histograms = {row.name: _histogram(meter, row) for row in (WAIT, USE, CREATE)}
         collect: Callable[[], None] = self._collect
-        for row in _observables(excluded):
-            _create(meter, row)(row.name, [self._observe(row, collect)], unit=row.unit, description=row.description)
-            collect = _nothing
+        for row in METRICS:
+            if row.points is not None:
+                _create(meter, row)(row.name, [self._observe(row, collect)], unit=row.unit, description=row.description)
+                collect = _nothing
 
     def __repr__(self) -> str:
         return f"<Instruments of {self._target} [{self.registry or 'no registry'}]>"
@@ -55,18 +53,26 @@ class Instruments:
         registry, self._readings = self.registry, []
         if registry is None:
             return
+        wanted = self._wanted(registry)
         for ledger in list(registry.ledgers.values()):
             with _guard.guard("delivery"):
-                ledger.outbox.deliver(self._histograms, words.attributes(ledger.identity, words.SEMCONV_POOL))
+                ledger.outbox.deliver(wanted, words.attributes(ledger.identity, words.SEMCONV_POOL))
         self._readings = [(ledger.identity, reading) for ledger, reading in registry.readings()]
+
+    def _wanted(self, registry: Registry) -> tuple[Histogram, Histogram, Histogram]:
+        excluded = registry.settings.metrics_exclude
+        # Not left to a view that drops it: the call would cost the same.
+        wait, use, create = (_UNWANTED if name in excluded else h for name, h in self._histograms.items())
+        return wait, use, create
 
     def _observe(self, row: Metric, collect: Callable[[], None]) -> Callback:
         def observe(_: CallbackOptions) -> Iterable[Observation]:
             observations: list[Observation] = []
             with _guard.guard(row.name):
                 collect()
-                for identity, reading in self._readings:
-                    observations += _observations(row, identity, reading)
+                if self.registry is not None and row.name not in self.registry.settings.metrics_exclude:
+                    for identity, reading in self._readings:
+                        observations += _observations(row, identity, reading)
             return observations
 
         return observe
@@ -80,12 +86,6 @@ def _observations(row: Metric, identity: Identity, reading: Reading) -> Iterable
             yield Observation(value, {**whose, **extra})
 
 
-def _observables(excluded: frozenset[str]) -> list[Metric]:
-    """The rows to be read; one must remain, as it is what makes a collection reach us."""
-    rows = [row for row in METRICS if row.points is not None]
-    return [row for row in rows if row.name not in excluded] or rows[-1:]
-
-
 def _create(meter: Meter, row: Metric) -> Callable[..., Any]:
     # Counts are never gauges: of two equal series a gauge keeps the last, a sum adds them.
     return {
@@ -95,19 +95,20 @@ def _create(meter: Meter, row: Metric) -> Callable[..., Any]:
     }[row.kind]
 
 
+def _histogram(meter: Meter, row: Metric) -> Histogram:
+    return meter.create_histogram(
+        row.name, unit=row.unit, description=row.description, explicit_bucket_boundaries_advisory=words.BUCKETS
+    )
+
+
 class _Unwanted:
     """A histogram nobody wants."""
 
     def record(self, amount: float, attributes: Mapping[str, Any] | None = None, context: Any = None) -> None:
-        """Do nothing: an SDK call costs the same whether or not a view drops it."""
+        """Do nothing."""
 
 
-def _histogram(meter: Meter, row: Metric, excluded: frozenset[str]) -> Any:
-    if row.name in excluded:
-        return _Unwanted()
-    return meter.create_histogram(
-        row.name, unit=row.unit, description=row.description, explicit_bucket_boundaries_advisory=words.BUCKETS
-    )
+_UNWANTED = _Unwanted()
 
 
 def _nothing() -> None:
@@ -118,10 +119,10 @@ _made: weakref.WeakKeyDictionary[MeterProvider, dict[str, Instruments]] = weakre
 _global: dict[str, Instruments] = {}
 
 
-def instruments(target: str, provider: MeterProvider | None, excluded: frozenset[str]) -> Instruments:
+def instruments(target: str, provider: MeterProvider | None) -> Instruments:
     """The instruments of *target* at this provider (None: the global one, even before it is set)."""
     made = _global if provider is None else _made.setdefault(provider, {})
     if target not in made:
         meter = get_meter(f"otel_pools.{target}", __version__, provider, words.SCHEMA_URL)
-        made[target] = Instruments(target, meter, excluded)
+        made[target] = Instruments(target, meter)
     return made[target]

@@ -386,6 +386,8 @@ class PoolContract:
             assert (metric.unit, metric.description) == (row.unit, row.description)
             for point in metric.data.data_points:
                 assert row.pool_key in point.attributes
+                assert point.attributes.get(words.PATH, words.IDLE) in words.PATHS
+                assert point.attributes.get(words.REASON, "closed") in words.REASONS
                 assert set(point.attributes) <= identity | {row.pool_key, *row.keys}
 
 

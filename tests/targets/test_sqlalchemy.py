@@ -522,7 +522,7 @@ def test_fork(watched, creator, disposed):
                 engine.dispose(close=False)
             fresh = Telemetry()
             _doors.SQLAlchemyPoolInstrumentor._instruments.registry = None
-            instruments = _instruments.instruments("sqlalchemy", fresh.meter_provider, frozenset())
+            instruments = _instruments.instruments("sqlalchemy", fresh.meter_provider)
             instruments.registry = _doors.SQLAlchemyPoolInstrumentor._registry
             now = fresh.read()
             names = ("otel_pools.checkouts", "otel_pools.connection.created", "otel_pools.use.oldest")

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool.base import _ConnectionRecord
 
 import otel_pools
+from otel_pools._vocabulary import REASONS
 
 
 @pytest.fixture(params=flavours.names())
@@ -55,6 +56,7 @@ class Stage:
         now = self.telemetry.read()
 
         assert (now.count("used"), now.count("idle")) == (used, idle)
+        assert set(now.closed()) <= set(REASONS)
         lost = now.value("otel_pools.connection.created") - sum(now.closed().values()) - (used + idle + beside)
         assert lost == 0 or (LOSES and lost > 0)
         assert self.flavour.settles(used + idle + beside), self.flavour.open()
