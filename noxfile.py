@@ -15,10 +15,12 @@ nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "uv|virtualenv"
 # A machine that lacks one of the Pythons tests the others, in CI too.
 nox.options.error_on_missing_interpreters = False
-nox.options.sessions = ["lint", "tests", "targets", "wheel"]
+nox.options.sessions = ["lint", "tests", "targets", "oldest", "wheel"]
 
 # Oldest supported, newest of the stable line, newest.
 SQLALCHEMY = ["==2.0.0", "==2.0.*", ">=2.1"]
+# Where we touch the API, the SDK or the loader.
+OPENTELEMETRY = ["tests/test_instruments.py", "tests/test_doors.py", "tests/test_spans.py", "tests/test_watch.py"]
 
 
 @nox.session(python=MAIN)
@@ -44,6 +46,13 @@ def targets(session: nox.Session, sqlalchemy: str) -> None:
     session.install("-e", ".[demo]", *nox.project.dependency_groups(PROJECT, "test"))
     session.install(f"sqlalchemy[asyncio]{sqlalchemy}")
     session.run("pytest", "tests/targets", *session.posargs)
+
+
+@nox.session(python=MAIN)
+def oldest(session: nox.Session) -> None:
+    """The oldest OpenTelemetry we say we work with."""
+    session.install("-e", ".", *nox.project.dependency_groups(PROJECT, "oldest"))
+    session.run("pytest", "tests/targets/test_sqlalchemy.py", *OPENTELEMETRY)
 
 
 @nox.session(python=MAIN)
