@@ -170,7 +170,10 @@ class Watch:
         with guard("a failed checkout"):
             seconds = clock() - start
             passage = _ended(_passage.get(), start)
-            self._noted(seconds, passage, _kind(error, passage, refusal))
+            if type(error).__qualname__ in ABANDONED:
+                self.notes.append(Note(seconds, _path(passage), words.CANCELLED, None))
+            else:
+                self._noted(seconds, passage, _kind(error, passage, refusal))
 
     def returned(self, lease: Any) -> None:
         """Something came back that we had not seen go out; if it was out before we came, we know it now."""
@@ -202,7 +205,7 @@ class Watch:
         self.ledger.outbox.closes.append(reason)
 
     def _noted(self, seconds: float, passage: Passage | None, error: str | None) -> None:
-        path = words.IDLE if passage is None else passage.path
+        path = _path(passage)
         context = None
         if error is not None or seconds >= self.slow:
             context = self._spans.waited(self.ledger.identity, seconds, path, error)
@@ -230,6 +233,15 @@ class Watch:
             return Snapshot()
         # A pool that was replaced hands out no more, so its limits no longer count.
         return Snapshot(used=now.used, idle=now.idle, pending=now.pending) if self.closed_down else now
+
+
+# How a garbage collector ends a coroutine or greenlet that nobody waits for any more. It may do so inside
+# any lock, a tracer's too, so there is no span for these.
+ABANDONED = {"GeneratorExit", "GreenletExit"}
+
+
+def _path(passage: Passage | None) -> str:
+    return words.IDLE if passage is None else passage.path
 
 
 def _kind(error: BaseException, passage: Passage | None, refusal: Refusal) -> str:

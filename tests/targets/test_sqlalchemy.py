@@ -488,6 +488,28 @@ def test_tasks_wait_too(watched):
     assert watched.read().checkouts() == {("new", None): 1, ("queued", "cancelled"): 1, ("queued", None): 3}
 
 
+def test_an_abandoned_checkout(telemetry, creator):
+    """A greenlet that is collected while it waits is a cancelled checkout; no span, as a collector may hold locks."""
+    greenlet = pytest.importorskip("greenlet")
+    otel_pools.instrument(meter_provider=telemetry.meter_provider, tracer_provider=telemetry.tracer_provider)
+
+    def create():
+        greenlet.getcurrent().parent.switch()
+        return creator()
+
+    pool = QueuePool(create)
+    waiting = greenlet.greenlet(pool.connect)
+    waiting.switch()
+    during = telemetry.value("otel_pools.wait.oldest")
+    del waiting
+    now = telemetry.read()
+
+    assert during > 0
+    assert now.value("otel_pools.wait.oldest") == now.value("otel_pools.connection.created") == 0
+    assert now.checkouts() == {("new", "cancelled"): 1}
+    assert telemetry.spans == ()
+
+
 def test_late_with_some_out(telemetry, creator):
     """Two idle and one out when we come: seen at once, and right when it is back."""
     engine = engine_of(creator)
