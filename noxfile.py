@@ -20,7 +20,7 @@ nox.options.sessions = ["lint", "tests", "targets", "oldest", "wheel"]
 # Oldest supported, newest of the stable line, newest.
 SQLALCHEMY = ["==2.0.0", "==2.0.*", ">=2.1"]
 # Where we touch the API, the SDK or the loader.
-OPENTELEMETRY = ["tests/test_instruments.py", "tests/test_doors.py", "tests/test_spans.py", "tests/test_watch.py"]
+OPENTELEMETRY = [f"tests/test_{room}.py" for room in ("instruments", "merge", "doors", "spans", "watch")]
 
 
 @nox.session(python=MAIN)

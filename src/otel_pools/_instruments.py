@@ -10,8 +10,8 @@ from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observa
 
 from . import _guard
 from . import _vocabulary as words
+from ._merge import Histogram
 from ._model import Identity, Reading
-from ._outbox import Histogram
 from ._registry import Registry
 from ._version import __version__
 from ._vocabulary import CREATE, METRICS, USE, WAIT, Kind, Metric

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from threading import Lock
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from . import _vocabulary as words
+from ._merge import Histogram, record_all
 from ._model import Tally
 
 # Enough for 2000 checkouts a second at the SDK's default of one collection a minute; about 4 MiB.
@@ -23,12 +24,6 @@ class Note(NamedTuple):
     path: str
     error: str | None
     context: Any
-
-
-class Histogram(Protocol):
-    """The part of an OpenTelemetry histogram that delivery needs."""
-
-    def record(self, amount: float, attributes: Mapping[str, str | int] | None = None, context: Any = None) -> None: ...
 
 
 class Outbox:
@@ -76,15 +71,17 @@ class Outbox:
         wait, use, create = histograms
         with self._folding:
             waits, notes, uses, creates = self._take()
-        idle = {**identity, words.PATH: words.IDLE}
-        for histogram, samples, attributes in ((wait, waits, idle), (use, uses, identity), (create, creates, identity)):
-            for seconds in samples:
-                histogram.record(seconds, attributes)
+        record_all(use, uses, identity)
+        record_all(create, creates, identity)
+        record_all(wait, waits, {**identity, words.PATH: words.IDLE})
+        alike: defaultdict[tuple[str, str | None], list[float]] = defaultdict(list)
         for note in notes:
-            told = {**identity, words.PATH: note.path}
-            if note.error is not None:
-                told[words.ERROR] = note.error
-            wait.record(note.seconds, told, note.context)
+            if note.context is None:
+                alike[note.path, note.error].append(note.seconds)
+            else:  # by itself, so that its exemplar points at the trace that waited
+                wait.record(note.seconds, _told(identity, note.path, note.error), note.context)
+        for (path, error), samples in alike.items():
+            record_all(wait, samples, _told(identity, path, error))
 
     def spill(self) -> None:
         """
@@ -114,6 +111,11 @@ class Outbox:
         self._created += len(creates)
         self._closed.update(_cut(self.closes))
         return waits, notes, uses, creates
+
+
+def _told(identity: Mapping[str, str | int], path: str, error: str | None) -> dict[str, str | int]:
+    told = {**identity, words.PATH: path}
+    return told if error is None else {**told, words.ERROR: error}
 
 
 def _cut(samples: list[T]) -> list[T]:
