@@ -61,6 +61,17 @@ def test_a_quick_wait_is_none(telemetry, slow):
     assert len(telemetry.spans) == 1
 
 
+def test_a_context_is_kept_only_for_a_sampled_trace(telemetry, slow):
+    """A slow wait outside any trace has nothing to point at, and is delivered with the others."""
+    watch(telemetry, span_threshold=0)
+    slow.raw_connection().close()
+    with telemetry.tracer_provider.get_tracer("app").start_as_current_span("request"):
+        slow.raw_connection().close()
+    (ledger,) = otel_pools.SQLAlchemyPoolInstrumentor._registry.ledgers.values()
+
+    assert [note.context is None for note in ledger.outbox.notes] == [True, False]
+
+
 def test_threshold_zero_is_every_wait(telemetry, slow):
     """With `span_threshold=0` each checkout has a span."""
     watch(telemetry, span_threshold=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from time import time_ns
 
 from opentelemetry.context import Context, get_current
-from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, get_current_span
 
 from . import _vocabulary as words
 from ._guard import lost
@@ -33,10 +33,11 @@ class Spans:
         return f"<Spans of waits over {self.threshold:g} s>"
 
     def waited(self, identity: Identity, seconds: float, path: str, error: str | None) -> Context | None:
-        """Write the span; return the caller's context, for an exemplar that points at its trace."""
+        """Write the span; return the caller's context if an exemplar could point at its trace."""
         try:
             self._write(identity, seconds, path, error)
-            return get_current()
+            context = get_current()
+            return context if get_current_span(context).get_span_context().trace_flags.sampled else None
         except Exception as mistake:
             lost("a span", mistake)
             return None
