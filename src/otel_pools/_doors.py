@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from opentelemetry.instrumentation.dependencies import DependencyConflict, DependencyConflictError
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]  # untyped upstream
@@ -22,11 +22,12 @@ from . import _guard
 from . import _vocabulary as words
 from ._config import Settings, settings
 from ._guard import guard, logger
-from ._instruments import Instruments, instruments
-from ._registry import Registry
-from ._spans import Spans
 from ._version import __version__
 from .targets import LIBRARIES, Target
+
+if TYPE_CHECKING:
+    from ._instruments import Instruments
+    from ._registry import Registry
 
 
 @dataclass
@@ -118,6 +119,11 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
         existed: bool,
     ) -> None:
         """Put the table's hooks on; the library has been imported by now."""
+        # Half of what we are, and of no use to an app that never imports the library: not before now.
+        from ._instruments import instruments  # noqa: PLC0415  # as said
+        from ._registry import Registry  # noqa: PLC0415  # as said
+        from ._spans import Spans  # noqa: PLC0415  # as said
+
         target: Target = importlib.import_module(LIBRARIES[cls.library].target).TARGET
         tracer = get_tracer(f"otel_pools.{target.name}", __version__, tracer_provider, words.SCHEMA_URL)
         registry = Registry(target, chosen, Spans(tracer, chosen.span_threshold))
