@@ -209,11 +209,12 @@ def create(where: str, *, pool: Pick, opened: Callable[[Any], bool]) -> Hook:
                 result = original(record, *args, **kwargs)
             except BaseException as error:
                 passage.failed = error
-                # Opened, and closed again (or not even that) when a listener of the user's failed.
-                if passage.created or opened(record):
-                    watch.created(start)
-                # Whatever is left of it is not idle: it never was in the pool.
-                watch.members.pop(id(record), None)
+                with guard("a failed creation"):
+                    # Whatever is left of it is not idle: it never was in the pool.
+                    watch.members.pop(id(record), None)
+                    # Opened, and closed again (or not even that) when a listener of the user's failed.
+                    if passage.created or opened(record):
+                        watch.created(start)
                 raise
             finally:
                 passage.creating = passage.created = False
@@ -252,13 +253,15 @@ def replace(where: str, *, pool: Pick) -> Hook:
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
         def dispose(thing: Any, *args: Any, **kwargs: Any) -> Any:
-            old = pool(thing)
+            old = None
+            with guard("a pool to be replaced"):
+                old = pool(thing)
             try:
                 return original(thing, *args, **kwargs)
             finally:
                 with guard("a replaced pool"):
                     new = pool(thing)
-                    if new is not old:
+                    if old is not None and new is not old:
                         registry.close_down(old)
                         registry.sight(new)
 

@@ -30,7 +30,7 @@ class Outbox:
     """
     What happened under one pool name and nobody has collected yet.
 
-    The four lists are the whole interface to the request and release paths:
+    The five lists are the whole interface to the request and release paths:
     those only ever `append`, which is atomic, so a finaliser may run them
     inside anything, and they need no lock.
     """

@@ -62,6 +62,17 @@ class Stage:
         assert self.flavour.settles(used + idle + beside), self.flavour.open()
         return now
 
+    def read_in_outage(self, server, checkouts):
+        """Stop the server, see so many checkouts fail, and read; then start it again."""
+        server.stop()
+        try:
+            for _ in range(checkouts):
+                with pytest.raises((exc.DBAPIError, OSError)):
+                    self.engine.connect()
+            return self.telemetry.read()
+        finally:
+            server.start()
+
     def settled(self):
         """At rest: nobody holds or waits, every attempt is a wait, and every success a use."""
         now = self.telemetry.read()
@@ -267,14 +278,7 @@ def test_outage(play, flavour, postgres):
 
     def scenario(stage):
         stage.engine.connect().close()
-        postgres.stop()
-        try:
-            for _ in range(5):
-                with pytest.raises((exc.DBAPIError, OSError)):
-                    stage.engine.connect()
-            down = stage.telemetry.read()
-        finally:
-            postgres.start()
+        down = stage.read_in_outage(postgres, 5)
         connection = stage.engine.connect()
         stage.is_true(1, 0)
         connection.close()
@@ -294,14 +298,7 @@ def test_recycle_while_down(play, flavour, postgres):
     def scenario(stage):
         stage.engine.connect().close()
         stage.engine.pool._recycle = 0
-        postgres.stop()
-        try:
-            for _ in range(3):
-                with pytest.raises((exc.DBAPIError, OSError)):
-                    stage.engine.connect()
-            down = stage.telemetry.read()
-        finally:
-            postgres.start()
+        down = stage.read_in_outage(postgres, 3)
 
         assert (down.count("used"), down.count("idle")) == (0, 0)
         assert down.closed() == {"recycle": 1}

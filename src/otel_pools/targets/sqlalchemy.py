@@ -197,19 +197,22 @@ def _pending(pool: Pool) -> int | None:
     if condition is not None:
         waiters = getattr(condition, "_waiters", None)
         return None if waiters is None else len(waiters)
-    # The asyncio queue is made at its first use, in the loop that uses it: not by us.
-    loop_queue = getattr(line, "__dict__", {}).get("_queue")
+    loop_queue = _loop_queue(line)
     if loop_queue is None:
         return 0 if isinstance(pool, QueuePool) else None
     getters = getattr(loop_queue, "_getters", None)
     return None if getters is None else sum(not future.done() for future in getters.copy())
 
 
+def _loop_queue(line: Any) -> Any:
+    """The queue of an asyncio pool, if there is one: made at its first use, in the loop that uses it, and not by us."""
+    return getattr(line, "__dict__", {}).get("_queue")
+
+
 def members(pool: Pool) -> Iterable[Any]:
     """The records that lie in a pool when we first see it; those that are out come back through `checkin`."""
     line = getattr(pool, "_pool", None)
-    loop_queue = getattr(line, "__dict__", {}).get("_queue")
-    queued = getattr(line, "queue", None) or getattr(loop_queue, "_queue", None) or ()
+    queued = getattr(line, "queue", None) or getattr(_loop_queue(line), "_queue", None) or ()
     single = vars(pool).get("connection") or getattr(pool, "_conn", None)
     return [
         record

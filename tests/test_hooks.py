@@ -1,0 +1,65 @@
+"""The verbs: whatever is wrong in a row of ours, the library's method does what it did."""
+
+from __future__ import annotations
+
+import pytest
+
+import otel_pools
+from otel_pools import _guard, _hooks
+from otel_pools.targets import sqlalchemy as target
+
+
+class Pool:
+    """Something that can be held weakly."""
+
+
+@pytest.fixture
+def registry(telemetry, monkeypatch):
+    """A registry that takes anything for a pool, with the wall as in production."""
+    monkeypatch.setattr(_guard, "loud", False)
+    otel_pools.instrument(meter_provider=telemetry.meter_provider)
+    registry = otel_pools.SQLAlchemyPoolInstrumentor._registry
+    monkeypatch.setattr(type(registry), "_ledger", lambda self, _: self.ledgers.setdefault(1, _ledger()))
+    return registry
+
+
+def _ledger():
+    from otel_pools._model import Identity
+    from otel_pools._watch import Ledger
+
+    return Ledger(Identity("lib", "sys"))
+
+
+def broken(_):
+    """A row's function that does not fit."""
+    raise AttributeError("ours")
+
+
+def test_a_failed_creation_keeps_the_hosts_error(registry, caplog):
+    """If we cannot tell whether a connection was opened, the creator's own error comes out all the same."""
+
+    def connect(_):
+        raise LookupError("theirs")
+
+    pool, record = Pool(), Pool()
+    twin = _hooks.create("m:C.connect", pool=lambda _: pool, opened=broken).compile(connect, registry)
+    with pytest.raises(LookupError, match="theirs"):
+        twin(record)
+
+    assert "a failed creation: AttributeError" in caplog.text
+
+
+def test_a_replacement_goes_through(registry, caplog):
+    """If we cannot see the pool that is replaced, it is replaced all the same."""
+    twin = _hooks.replace("m:C.dispose", pool=broken).compile(lambda _: "done", registry)
+
+    assert twin(Pool()) == "done"
+    assert "a pool to be replaced: AttributeError" in caplog.text
+
+
+def test_every_row_fits_this_version():
+    """Each row of the table finds its method in the installed library."""
+    rows = [row for row in target.TARGET.hooks if isinstance(row, _hooks.Hook)]
+
+    assert rows
+    assert all(vars(owner)[name] for owner, name in map(_hooks._resolve, (row.where for row in rows)))
