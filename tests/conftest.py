@@ -1,4 +1,4 @@
-"""What the tests share: a loud wall, a clean slate, and a real PostgreSQL."""
+"""What the tests share: a loud wall, a clean slate, a real PostgreSQL and a real Valkey."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def loud(monkeypatch):
     """A mistake of ours is an error here, and nothing of an earlier test is left to be discovered."""
     monkeypatch.setattr(_guard, "loud", True)
     _guard.forget()
-    if "sqlalchemy" in sys.modules:
+    if {"sqlalchemy", "redis"} & sys.modules.keys():
         gc.collect()
     yield
     otel_pools.uninstrument()
@@ -36,4 +36,14 @@ def postgres():
     from otel_pools.demo._postgres import Postgres
 
     with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey():
+    """A real Valkey on 127.0.0.1, from the wheel."""
+    valkeys = pytest.importorskip("valkeys")
+    if not valkeys.available():
+        pytest.skip("the Valkey wheel is not installed")
+    with valkeys.Server() as server:
         yield server

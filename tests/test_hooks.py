@@ -59,7 +59,43 @@ def test_a_replacement_goes_through(registry, caplog):
 
 def test_every_row_fits_this_version():
     """Each row of the table finds its method in the installed library."""
-    rows = [row for row in target.TARGET.hooks if isinstance(row, _hooks.Hook)]
+    rows = [row for row in target.TARGET.hooks["sqlalchemy"] if isinstance(row, _hooks.Hook)]
 
     assert rows
-    assert all(vars(owner)[name] for owner, name in map(_hooks._resolve, (row.where for row in rows)))
+    assert all(vars(owner)[name] for owner, name in map(_hooks.resolve, (row.where for row in rows)))
+
+
+class Thing:
+    """A class of a library."""
+
+    def ask(self):
+        """Answer."""
+        return "answer"
+
+
+def _row(where):
+    return _hooks.Hook("ask", where, lambda original, _: lambda self: f"our {original(self)}")
+
+
+def test_either_takes_the_first_that_fits(registry):
+    """Of several rows the first whose method exists is put on, and taken off again."""
+    row = _hooks.either(_row(f"{__name__}:Thing.missing"), _row(f"{__name__}:Thing.ask"))
+
+    undo = row.install(registry)
+    ours = Thing().ask()
+    undo()
+
+    assert (ours, Thing().ask()) == ("our answer", "answer")
+
+
+def test_either_says_all_that_was_looked_for(registry):
+    """If no method exists, the error names every place."""
+    row = _hooks.either(_row(f"{__name__}:Thing.one"), _row(f"{__name__}:Thing.two"))
+
+    with pytest.raises(LookupError, match=r"Thing\.one or .*Thing\.two"):
+        row.install(registry)
+
+
+def test_an_optional_row_may_be_missing(registry):
+    """A row for a method that comes and goes with versions is no loss."""
+    _hooks.optional(_row(f"{__name__}:Thing.missing")).install(registry)()

@@ -1,10 +1,11 @@
 """Every connection pool in this process, visible through OpenTelemetry."""
 
 from ._config import Settings
-from ._doors import SQLAlchemyPoolInstrumentor, instrument, name_pool, uninstrument
+from ._doors import RedisPoolInstrumentor, SQLAlchemyPoolInstrumentor, instrument, name_pool, uninstrument
 from ._version import __version__
 
 __all__ = [
+    "RedisPoolInstrumentor",
     "SQLAlchemyPoolInstrumentor",
     "Settings",
     "__version__",

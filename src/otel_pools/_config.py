@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ._guard import logger
+from ._guard import once
 from ._model import Identity
 
 PREFIX = "OTEL_POOLS_"
@@ -27,12 +27,15 @@ class Settings:
         metrics_exclude: Names of metrics not to emit.
         targets: Libraries to watch, as in ``sqlalchemy``; empty means all.
         names: Pool names by server, ``host[:port][/database]=name``.
+        native_redis: Beside redis-py's own OpenTelemetry metrics: ``defer`` leaves to them what they emit,
+            ``replace`` takes it over from them, ``both`` emits both.
     """
 
     span_threshold: float = 0.01
     metrics_exclude: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    native_redis: str = "defer"
 
     def rename(self, identity: Identity) -> Identity:
         """Give the pool the name that `names` has for its server, the most exact entry first."""
@@ -71,11 +74,21 @@ def _pairs(value: object) -> tuple[str, ...]:
     return pairs
 
 
+NATIVE = ("defer", "replace", "both")
+
+
+def _native(value: object) -> str:
+    if value not in NATIVE:
+        raise ValueError(value)
+    return str(value)
+
+
 _READ: dict[str, tuple[Callable[[object], Any], str]] = {
     "span_threshold": (_seconds, "a number of seconds, 0 or more"),
     "metrics_exclude": (_words, "metric names separated by commas"),
     "targets": (_words, "target names separated by commas"),
     "names": (_pairs, "pairs host[:port][/database]=name separated by commas"),
+    "native_redis": (_native, f"one of {', '.join(NATIVE)}"),
 }
 
 
@@ -83,7 +96,7 @@ def settings(given: Mapping[str, Any]) -> Settings:
     """Read *given* and, for what is not given, the environment. Never raises."""
     for unknown in given.keys() - _READ.keys():
         known = ", ".join(_READ)
-        logger.warning("otel_pools has no setting %r; it is ignored (there are: %s)", unknown, known)
+        once(f"setting {unknown}", "otel_pools has no setting %r; it is ignored (there are: %s)", unknown, known)
     chosen: dict[str, Any] = {}
     for field in fields(Settings):
         variable = PREFIX + field.name.upper()
@@ -100,5 +113,5 @@ def _choose(chosen: dict[str, Any], name: str, default: object, value: object, s
     try:
         chosen[name] = read(value)
     except (TypeError, ValueError):
-        # Only the source is named: a value put into the wrong variable may be a secret.
-        logger.warning("otel_pools: %s must be %s; the default %r is used", source, wanted, default)
+        # Only the source is named: a value put into the wrong variable may be a secret. And once for all libraries.
+        once(f"setting {source}", "otel_pools: %s must be %s; the default %r is used", source, wanted, default)

@@ -41,6 +41,7 @@ class Configuration:
     span_threshold: float | None = None
     metrics_exclude: list[str] | None = None
     names: list[str] | None = None
+    native_redis: str | None = None
 
 
 class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
@@ -54,8 +55,9 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
     _instruments: ClassVar[Instruments | None] = None
 
     def instrumentation_dependencies(self) -> Collection[str]:
-        """The versions this was tested with; without an upper bound."""
-        return (LIBRARIES[self.library].requires,)
+        """The versions this was tested with, of the libraries that are there; without an upper bound."""
+        requires = LIBRARIES[self.library].modules
+        return [requires[module] for module in requires if _is_there(module)] or [*requires.values()][:1]
 
     def instrument(
         self,
@@ -88,37 +90,47 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
             super().uninstrument(**options)
 
     def _instrument(self, **options: Any) -> None:
-        _demand(self.library)
+        modules = _demand(self.library)
         with guard(f"instrumenting {self.library}"):
-            self._open(**options)
+            self._open(modules, **options)
 
-    def _open(self, meter_provider: MeterProvider | None, tracer_provider: TracerProvider | None, **given: Any) -> None:
-        cls, library = type(self), LIBRARIES[self.library]
+    def _open(
+        self,
+        modules: list[str],
+        meter_provider: MeterProvider | None,
+        tracer_provider: TracerProvider | None,
+        **given: Any,
+    ) -> None:
+        cls = type(self)
         chosen = settings(given)
         if chosen.targets and self.library not in chosen.targets:
             return
         undo = ExitStack()
         cls._undo = undo
-        existed = library.module in sys.modules
+        existed = {module for module in modules if module in sys.modules}
 
-        def imported(_: Any) -> None:
+        def imported(module: Any) -> None:
             # Inside the app's own import statement: nothing of ours may come out of it.
             with guard(f"instrumenting {self.library}"):
                 if cls._undo is undo:
-                    cls._attach(undo, chosen, meter_provider, tracer_provider, existed)
+                    registry = cls._registry or cls._begin(undo, chosen, meter_provider, tracer_provider)
+                    _attach(registry, undo, module.__name__)
+                    if module.__name__ in existed:
+                        with guard(f"looking for pools of {self.library}"):
+                            registry.target.discover(registry)
 
-        when_imported(library.module)(imported)
+        for module in modules:
+            when_imported(module)(imported)
 
     @classmethod
-    def _attach(
+    def _begin(
         cls,
         undo: ExitStack,
         chosen: Settings,
         meter_provider: MeterProvider | None,
         tracer_provider: TracerProvider | None,
-        existed: bool,
-    ) -> None:
-        """Put the table's hooks on; the library has been imported by now."""
+    ) -> Registry:
+        """Everything but the hooks; one of the library's modules has been imported by now."""
         # Half of what we are, and of no use to an app that never imports the library: not before now.
         from ._instruments import instruments  # noqa: PLC0415  # as said
         from ._registry import Registry  # noqa: PLC0415  # as said
@@ -128,17 +140,10 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
         tracer = get_tracer(f"otel_pools.{target.name}", __version__, tracer_provider, words.SCHEMA_URL)
         registry = Registry(target, chosen, Spans(tracer, chosen.span_threshold))
         undo.callback(registry.close)
-        for hook in target.hooks:
-            try:
-                undo.callback(hook.install(registry))
-            except (LookupError, ImportError):
-                logger.warning("otel_pools: this %s has no %s; %s goes unseen", target.name, hook.where, hook.verb)
-        if existed:
-            with guard(f"looking for pools of {target.name}"):
-                target.discover(registry)
         cls._registry = registry
         cls._instruments = instruments(target.name, meter_provider)
         cls._instruments.registry = registry
+        return registry
 
     def _uninstrument(self, **_: Any) -> None:
         cls = type(self)
@@ -159,26 +164,67 @@ class SQLAlchemyPoolInstrumentor(PoolInstrumentor):
     library = "sqlalchemy"
 
 
-INSTRUMENTORS: dict[str, type[PoolInstrumentor]] = {"sqlalchemy": SQLAlchemyPoolInstrumentor}
+class RedisPoolInstrumentor(PoolInstrumentor):
+    """Watches every pool of redis-py and valkey-py: sync and asyncio, blocking, Sentinel, Cluster."""
+
+    library = "redis"
 
 
-def _demand(name: str) -> None:
+INSTRUMENTORS: dict[str, type[PoolInstrumentor]] = {
+    "sqlalchemy": SQLAlchemyPoolInstrumentor,
+    "redis": RedisPoolInstrumentor,
+}
+
+
+def _attach(registry: Registry, undo: ExitStack, module: str) -> None:
+    """Put the hooks for this module on."""
+    target = registry.target
+    for hook in target.hooks[module]:
+        try:
+            undo.callback(hook.install(registry))
+        except (LookupError, ImportError):
+            logger.warning("otel_pools: this %s has no %s; %s goes unseen", module, hook.where, hook.verb)
+
+
+def _demand(name: str) -> list[str]:
     """
-    Check that the library is there and new enough, without importing it.
+    The modules of this library that are there and new enough, none of them imported for that.
 
     The auto-loader checks only the distribution, whose extras name any one of
-    our libraries; and these two errors are the only ones it survives.
+    our libraries; and the two errors are the only ones it survives.
+
+    Raises:
+        ModuleNotFoundError: There is none.
+        DependencyConflictError: Those that are there are too old.
     """
-    library = LIBRARIES[name]
-    if library.module not in sys.modules and importlib.util.find_spec(library.module) is None:
-        raise ModuleNotFoundError(f"{library.module} is not installed", name=library.module)
-    wanted = Requirement(library.requires)
+    requires = LIBRARIES[name].modules
+    there = [module for module in requires if _is_there(module)]
+    if not there:
+        module = next(iter(requires))
+        raise ModuleNotFoundError(f"{module} is not installed", name=module)
+    conflicts = {module: conflict for module in there if (conflict := _conflict(requires[module]))}
+    if len(conflicts) == len(there):
+        raise DependencyConflictError(next(iter(conflicts.values())))
+    for conflict in conflicts.values():
+        logger.warning("otel_pools: %s goes unseen: %s", name, conflict)
+    return [module for module in there if module not in conflicts]
+
+
+def _is_there(module: str) -> bool:
+    return module in sys.modules or importlib.util.find_spec(module) is not None
+
+
+def _conflict(requirement: str) -> DependencyConflict | None:
+    wanted = Requirement(requirement)
     try:
         found = importlib.metadata.version(wanted.name)
     except importlib.metadata.PackageNotFoundError:
-        return  # vendored: its table will tell what fits
-    if not wanted.specifier.contains(found, prereleases=True):
-        raise DependencyConflictError(DependencyConflict(library.requires, f"{wanted.name} {found}"))
+        return None  # vendored: its table will tell what fits
+    return (
+        None
+        if wanted.specifier.contains(found, prereleases=True)
+        else DependencyConflict(requirement, f"{wanted.name} {found}")
+    )
 
 
 def instrument(
@@ -235,14 +281,14 @@ def name_pool(thing: Any, name: str) -> None:
     Give a pool the name that its metrics, spans and logs will carry.
 
     Args:
-        thing: An engine, sync or asyncio, or a pool.
+        thing: An engine, a client or a pool, sync or asyncio.
         name: Stable and not unique to the process: equal names add up.
 
     Raises:
         TypeError: *thing* is nothing that has a pool we know.
     """
     for library in LIBRARIES.values():
-        if library.module in sys.modules:
+        if any(module in sys.modules for module in library.modules):
             target: Target = importlib.import_module(library.target).TARGET
             if _named(target, thing, name):
                 return
@@ -251,12 +297,13 @@ def name_pool(thing: Any, name: str) -> None:
 
 def _named(target: Target, thing: Any, name: str) -> bool:
     try:
-        pool = target.pool_of(thing)
+        pools = target.pools_of(thing)
     except TypeError:
         return False
-    if target.name_pool is not None:
-        target.name_pool(pool, name)
     registry = INSTRUMENTORS[target.name]._registry
-    if registry is not None:
-        registry.rename(pool)
+    for pool in pools:
+        if target.name_pool is not None:
+            target.name_pool(pool, name)
+        if registry is not None:
+            registry.rename(pool)
     return True

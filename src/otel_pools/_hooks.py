@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import update_wrapper
@@ -57,7 +58,7 @@ class Hook:
         Raises:
             LookupError: This version of the library has no such method.
         """
-        owner, name = _resolve(self.where)
+        owner, name = resolve(self.where)
         original = vars(owner)[name]
         plain = original.__func__ if isinstance(original, classmethod) else original
         twin: Any = update_wrapper(self.compile(plain, registry), plain)
@@ -73,7 +74,60 @@ class Hook:
         return undo
 
 
-def _resolve(where: str) -> tuple[Any, str]:
+@dataclass(frozen=True, slots=True)
+class Either:
+    """
+    Rows for one meaning, of which the first that this version of the library has is put on.
+
+    Attributes:
+        optional: Whether it may have none of them, and nothing is lost then.
+    """
+
+    rows: tuple[Hook, ...]
+    optional: bool = False
+
+    @property
+    def verb(self) -> str:
+        """That of its rows."""
+        return self.rows[0].verb
+
+    @property
+    def where(self) -> str:
+        """All its places."""
+        return " or ".join(row.where for row in self.rows)
+
+    def install(self, registry: Registry) -> Undo:
+        """
+        Put the first that fits on.
+
+        Raises:
+            LookupError: None does, and one is needed.
+        """
+        for row in self.rows:
+            try:
+                return row.install(registry)
+            except (LookupError, ImportError):
+                continue
+        if self.optional:
+            return nothing
+        raise LookupError(self.where)
+
+
+def nothing() -> None:
+    pass
+
+
+def either(*rows: Hook) -> Either:
+    """The first of these that this version of the library has."""
+    return Either(rows)
+
+
+def optional(row: Hook) -> Either:
+    """A row for a method that older or newer versions of the library do without."""
+    return Either((row,), optional=True)
+
+
+def resolve(where: str) -> tuple[Any, str]:
     module, _, path = where.partition(":")
     *parents, name = path.split(".")
     owner: Any = importlib.import_module(module)
@@ -84,57 +138,118 @@ def _resolve(where: str) -> tuple[Any, str]:
     return owner, name
 
 
-def acquire(where: str, *, lease: Pick, refusal: Refusal) -> Hook:
+def _same(thing: Any) -> Any:
+    return thing
+
+
+def acquire(
+    where: str, *, lease: Pick = _same, refusal: Refusal, crowded: Pick | None = None, bare: Pick = _same
+) -> Hook:
     """
     A call on a pool that borrows a connection; its duration is the wait time.
 
     Args:
-        where: The method.
+        where: The method, a coroutine function or not.
         lease: From its result to the object that stands for the loan until it
             is released; None if this call only shared an earlier loan.
         refusal: From an error to the word for "the pool had none", or None.
+        crowded: Whether who asks this pool now must stand in line, where the library has no `queue` to hook.
+        bare: From the method to what does the same for a call without arguments.
     """
 
+    def stand_in_line(pool: Any) -> None:
+        try:
+            if crowded is not None and crowded(pool):
+                detour(words.QUEUED)
+        except Exception as mistake:
+            lost_quietly("a queue", mistake)
+
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
-        watches, meet, passage = registry.watches, registry.meet, current_passage
-
-        # All of the common case stands here, because a call would cost as much as any of its lines.
-        def checkout(pool: Any, *args: Any, **kwargs: Any) -> Any:
-            watch = watches.get(id(pool)) or meet(pool)
-            if watch is None:
-                return original(pool, *args, **kwargs)
-            ticket = next(tickets)
-            watch.waiting[ticket] = start = clock()
-            try:
-                # Unpacking costs more than asking whether there is anything to unpack.
-                result = original(pool, *args, **kwargs) if args or kwargs else original(pool)
-            except BaseException as error:
-                watch.failed(ticket, start, error, refusal)
-                raise
-            end = clock()
-            watch.waiting.pop(ticket, None)
-            try:
-                held = lease(result)
-                if held is not None:
-                    leases = watch.leases
-                    leases[id(held)] = end
-                    if len(leases) > watch.ledger.peak:
-                        watch.ledger.peak = len(leases)
-                    seconds = end - start
-                    if passage() is None and seconds < watch.slow:
-                        waits = watch.waits
-                        waits.append(seconds)
-                        if len(waits) > LIMIT:
-                            watch.ledger.outbox.spill()
-                    else:
-                        watch.acquired(start, seconds)
-            except Exception as mistake:
-                lost_quietly("a checkout", mistake)
-            return result
-
-        return checkout
+        twin = _async_checkout if inspect.iscoroutinefunction(original) else _checkout
+        line = stand_in_line if crowded is not None else None
+        return twin(original, registry, plain=bare(original), lease=lease, refusal=refusal, stand_in_line=line)
 
     return Hook("acquire", where, compile)
+
+
+def _checkout(
+    original: Callable[..., Any],
+    registry: Registry,
+    *,
+    plain: Callable[..., Any],
+    lease: Pick,
+    refusal: Refusal,
+    stand_in_line: Callable[[Any], None] | None,
+) -> Callable[..., Any]:
+    watches, meet, passage = registry.watches, registry.meet, current_passage
+
+    # All of the common case stands here, because a call would cost as much as any of its lines.
+    def checkout(pool: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = watches.get(id(pool)) or meet(pool)
+        if watch is None:
+            return original(pool, *args, **kwargs)
+        ticket = next(tickets)
+        watch.waiting[ticket] = start = clock()
+        if stand_in_line is not None:
+            stand_in_line(pool)
+        try:
+            # Unpacking costs more than asking whether there is anything to unpack.
+            result = original(pool, *args, **kwargs) if args or kwargs else plain(pool)
+        except BaseException as error:
+            watch.failed(ticket, start, error, refusal)
+            raise
+        end = clock()
+        watch.waiting.pop(ticket, None)
+        try:
+            held = lease(result)
+            if held is not None:
+                leases = watch.leases
+                leases[id(held)] = end
+                if len(leases) > watch.ledger.peak:
+                    watch.ledger.peak = len(leases)
+                seconds = end - start
+                if passage() is None and seconds < watch.slow:
+                    waits = watch.waits
+                    waits.append(seconds)
+                    if len(waits) > LIMIT:
+                        watch.ledger.outbox.spill()
+                else:
+                    watch.acquired(start, seconds)
+        except Exception as mistake:
+            lost_quietly("a checkout", mistake)
+        return result
+
+    return checkout
+
+
+def _async_checkout(
+    original: Callable[..., Any],
+    registry: Registry,
+    *,
+    plain: Callable[..., Any],
+    lease: Pick,
+    refusal: Refusal,
+    stand_in_line: Callable[[Any], None] | None,
+) -> Callable[..., Any]:
+    watches, meet = registry.watches, registry.meet
+
+    async def checkout(pool: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = watches.get(id(pool)) or meet(pool)
+        if watch is None:
+            return await original(pool, *args, **kwargs)
+        ticket = next(tickets)
+        watch.waiting[ticket] = start = clock()
+        if stand_in_line is not None:
+            stand_in_line(pool)
+        try:
+            result = await (original(pool, *args, **kwargs) if args or kwargs else plain(pool))
+        except BaseException as error:
+            watch.failed(ticket, start, error, refusal)
+            raise
+        watch.lent(ticket, start, result, lease)
+        return result
+
+    return checkout
 
 
 def release(where: str, *, pool: Pick) -> Hook:
@@ -165,6 +280,82 @@ def release(where: str, *, pool: Pick) -> Hook:
         return checkin
 
     return Hook("release", where, compile)
+
+
+def take_back(where: str, *, out: Callable[[Any, Any], bool]) -> Hook:
+    """
+    A call on a pool with what it lent, which it takes back; it ends the use time.
+
+    Like `release`, it may come from a finaliser.
+
+    Args:
+        where: The method, a coroutine function or not.
+        out: Whether the pool still has this connection down as lent.
+    """
+
+    def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
+        if inspect.iscoroutinefunction(original):
+            return _async_checkin(original, registry, out)
+        return _checkin(original, registry)
+
+    return Hook("release", where, compile)
+
+
+def _checkin(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
+    watches, find = registry.watches, registry.find
+
+    def checkin(pool: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            held = args[0] if args else next(iter(kwargs.values()))
+            watch = watches.get(id(pool)) or find(pool)
+            if watch is not None:
+                since = watch.leases.pop(id(held), None)
+                if since is not None:
+                    watch.uses.append(clock() - since)
+                    if watch.orphans:
+                        watch.orphans.discard(id(held))
+        except Exception as mistake:
+            lost_quietly("a checkin", mistake)
+        return original(pool, *args, **kwargs)
+
+    return checkin
+
+
+def _async_checkin(
+    original: Callable[..., Any], registry: Registry, out: Callable[[Any, Any], bool]
+) -> Callable[..., Any]:
+    watches, find = registry.watches, registry.find
+
+    async def checkin(pool: Any, *args: Any, **kwargs: Any) -> Any:
+        watch = held = since = None
+        end = clock()
+        try:
+            held = args[0] if args else next(iter(kwargs.values()))
+            watch = watches.get(id(pool)) or find(pool)
+            if watch is not None:
+                since = watch.leases.pop(id(held), None)
+                if watch.orphans:
+                    watch.orphans.discard(id(held))
+        except Exception as mistake:
+            lost_quietly("a checkin", mistake)
+        if watch is None or since is None:
+            return await original(pool, *args, **kwargs)
+        try:
+            result = await original(pool, *args, **kwargs)
+        except BaseException:
+            try:
+                # A second cancellation, while it waits for the pool's lock, loses the connection for good.
+                if out(pool, held):
+                    watch.kept(held, since)
+                else:
+                    watch.uses.append(end - since)
+            except Exception as mistake:
+                lost_quietly("a checkin", mistake)
+            raise
+        watch.uses.append(end - since)
+        return result
+
+    return checkin
 
 
 def queue(where: str, *, items: Pick) -> Hook:
@@ -244,6 +435,101 @@ def close(where: str, *, reason: Callable[[], str]) -> Hook:
             return original(pool, *args, **kwargs)
 
         return discard
+
+    return Hook("close", where, compile)
+
+
+def make(where: str, *, parts: Pick) -> Hook:
+    """A call on a pool that makes a connection, still closed; *parts* are the objects that open and close it."""
+
+    def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
+        def made(pool: Any, *args: Any, **kwargs: Any) -> Any:
+            connection = original(pool, *args, **kwargs)
+            with guard("a new connection"):
+                watch = registry.find(pool)
+                if watch is not None:
+                    for part in parts(connection):
+                        watch.met(part)
+            return connection
+
+        return made
+
+    return Hook("make", where, compile)
+
+
+def connect(where: str, *, is_open: Pick) -> Hook:
+    """A call on a connection that opens it unless it is open; its duration is the create time."""
+
+    def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
+        owners = registry.owners
+
+        def begin(connection: Any) -> Callable[[BaseException | None], None]:
+            ended: Callable[[bool, BaseException | None], None] = _unknown
+            with guard("a creation"):
+                watch = owners.get(id(connection))
+                ended = _unknown if watch is None else watch.opening(connection)
+
+            def end(error: BaseException | None) -> None:
+                with guard("a creation"):
+                    ended(bool(is_open(connection)), error)
+
+            return end
+
+        def open(connection: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_open(connection):
+                return original(connection, *args, **kwargs)
+            end = begin(connection)
+            try:
+                result = original(connection, *args, **kwargs)
+            except BaseException as error:
+                end(error)
+                raise
+            end(None)
+            return result
+
+        async def async_open(connection: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_open(connection):
+                return await original(connection, *args, **kwargs)
+            end = begin(connection)
+            try:
+                result = await original(connection, *args, **kwargs)
+            except BaseException as error:
+                end(error)
+                raise
+            end(None)
+            return result
+
+        return async_open if inspect.iscoroutinefunction(original) else open
+
+    return Hook("create", where, compile)
+
+
+def _unknown(is_open: bool, error: BaseException | None) -> None:
+    """Nobody's connection."""
+
+
+def disconnect(where: str, *, is_open: Pick, reason: Callable[[], str]) -> Hook:
+    """A call on a connection that closes it if it is open; *reason* says why (it may look at its callers)."""
+
+    def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
+        owners = registry.owners
+
+        def shut(connection: Any) -> None:
+            try:
+                if is_open(connection) and (watch := owners.get(id(connection))) is not None:
+                    watch.shut(id(connection), reason())
+            except Exception as mistake:
+                lost_quietly("a close", mistake)
+
+        def close(connection: Any, *args: Any, **kwargs: Any) -> Any:
+            shut(connection)
+            return original(connection, *args, **kwargs)
+
+        async def async_close(connection: Any, *args: Any, **kwargs: Any) -> Any:
+            shut(connection)
+            return await original(connection, *args, **kwargs)
+
+        return async_close if inspect.iscoroutinefunction(original) else close
 
     return Hook("close", where, compile)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter
@@ -36,7 +36,7 @@ class Instruments:
     def __init__(self, target: str, meter: Meter) -> None:
         self.registry: Registry | None = None
         self._target = target
-        self._readings: list[tuple[Identity, Reading]] = []
+        self._readings: list[tuple[Identity, Reading, Collection[str]]] = []  # and what is not to be told
         self._histograms = {row.name: _histogram(meter, row) for row in (WAIT, USE, CREATE)}
         collect: Callable[[], None] = self._collect
         for row in METRICS:
@@ -53,16 +53,19 @@ class Instruments:
         registry, self._readings = self.registry, []
         if registry is None:
             return
-        wanted = self._wanted(registry)
+        withheld = {}
         for ledger in list(registry.ledgers.values()):
             with _guard.guard("delivery"):
+                withheld[ledger.identity] = {*registry.settings.metrics_exclude, *registry.withheld(ledger)}
+                wanted = self._wanted(withheld[ledger.identity])
                 ledger.outbox.deliver(wanted, words.attributes(ledger.identity, words.SEMCONV_POOL))
-        self._readings = [(ledger.identity, reading) for ledger, reading in registry.readings()]
+        self._readings = [
+            (ledger.identity, reading, withheld.get(ledger.identity, set())) for ledger, reading in registry.readings()
+        ]
 
-    def _wanted(self, registry: Registry) -> tuple[Histogram, Histogram, Histogram]:
-        excluded = registry.settings.metrics_exclude
+    def _wanted(self, withheld: Collection[str]) -> tuple[Histogram, Histogram, Histogram]:
         # Not left to a view that drops it: the call would cost the same.
-        wait, use, create = (_UNWANTED if name in excluded else h for name, h in self._histograms.items())
+        wait, use, create = (_UNWANTED if name in withheld else h for name, h in self._histograms.items())
         return wait, use, create
 
     def _observe(self, row: Metric, collect: Callable[[], None]) -> Callback:
@@ -70,8 +73,8 @@ class Instruments:
             observations: list[Observation] = []
             with _guard.guard(row.name):
                 collect()
-                if self.registry is not None and row.name not in self.registry.settings.metrics_exclude:
-                    for identity, reading in self._readings:
+                for identity, reading, withheld in self._readings:
+                    if row.name not in withheld:
                         observations += _observations(row, identity, reading)
             return observations
 

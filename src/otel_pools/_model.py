@@ -35,9 +35,12 @@ class Identity:
         """
         The pool's name, by the fallback of semantic-conventions #4097.
 
-        Given name, else database, else server, else system, else library.
+        Given name, else database, else server, else system, else library; a
+        database that is only a number, as Redis has them, goes with its server.
         Never an id or a sequence: pools with equal names add up.
         """
+        if self.namespace and self.namespace.isdigit() and self.server and not self.given:
+            return f"{self.server}/{self.namespace}"
         return self.given or self.namespace or self.server or self.system or self.library
 
     @property
@@ -57,7 +60,7 @@ class Snapshot:
     nothing is reported for it.
 
     Attributes:
-        used: Open connections that somebody holds.
+        used: Connections that somebody holds.
         idle: Open connections that nobody holds; idle means *an open socket*.
         max: The most that may be open at once.
         idle_max: The most that are kept open while nobody holds them.
@@ -65,6 +68,7 @@ class Snapshot:
         pending: Requests that wait for a connection to come back.
         overflow: Open connections beyond the pool's base size.
         overflow_max: The most of those.
+        orphaned: Places that are taken, and by nobody: a leaked slot.
     """
 
     used: int | None = None
@@ -75,6 +79,7 @@ class Snapshot:
     pending: int | None = None
     overflow: int | None = None
     overflow_max: int | None = None
+    orphaned: int | None = None
 
     def __add__(self, other: Snapshot) -> Snapshot:
         """Both pools together: a number only one of them can tell is that one's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ._guard import guard, lost_quietly
@@ -29,7 +29,18 @@ class Registry:
     operations are atomic, and `setdefault` settles who was first.
     """
 
-    __slots__ = ("__weakref__", "_spans", "active", "ledgers", "resting", "settings", "sighted", "target", "watches")
+    __slots__ = (
+        "__weakref__",
+        "_spans",
+        "active",
+        "ledgers",
+        "owners",
+        "resting",
+        "settings",
+        "sighted",
+        "target",
+        "watches",
+    )
 
     def __init__(self, target: Target, settings: Settings, spans: Spans) -> None:
         self.target = target
@@ -39,6 +50,7 @@ class Registry:
         self.resting: dict[int, Watch] = {}  # those that were replaced, until their last connection is gone
         self.sighted: dict[int, KeyedRef] = {}  # those we know of and have not met
         self.ledgers: dict[Identity, Ledger] = {}
+        self.owners: dict[int, Watch] = {}  # id of a connection -> whose it is, where that is not written in it
         self.active = True
         _alive.add(self)
 
@@ -50,15 +62,15 @@ class Registry:
 
     def sight(self, pool: Any) -> None:
         """Know that *pool* exists; who it is will be clear once it is complete."""
-        if self.active and id(pool) not in self.watches:
-            self.sighted[id(pool)] = KeyedRef(pool, self._gone)
+        key, pool = self.target.anchor(pool)
+        if self.active and key not in self.watches:
+            self.sighted[key] = KeyedRef(pool, self._gone, key)
 
     def meet(self, pool: Any) -> Watch | None:
         """Our record of *pool*, made or woken if need be; None if we are switched off or cannot."""
         if not self.active:
             return None
-        watch = self.resting.pop(id(pool), None)
-        if watch is not None:
+        if self.resting and (watch := self.resting.pop(id(pool), None)) is not None:
             watch.closed_down = False
             return self.watches.setdefault(id(pool), watch)
         try:
@@ -80,10 +92,11 @@ class Registry:
             self.resting[id(pool)] = watch
 
     def _meet(self, pool: Any) -> Watch:
-        ref = KeyedRef(pool, self._gone)
-        watch = Watch(ref, self._ledger(pool), self.target.read, self._spans)
-        watch = self.watches.setdefault(id(pool), watch)
-        self.sighted.pop(id(pool), None)
+        key, pool = self.target.anchor(pool)
+        ref = KeyedRef(pool, self._gone, key)
+        watch = Watch(ref, self._ledger(pool), self.target.read, self._spans, self.owners)
+        watch = self.watches.setdefault(key, watch)
+        self.sighted.pop(key, None)
         for connection in self.target.members(pool):
             watch.met(connection)
         return watch
@@ -116,14 +129,19 @@ class Registry:
             with guard("a reading"):
                 yield ledger, _reading(ledger, *now.get(id(ledger), (Snapshot(), None)))
 
+    def withheld(self, ledger: Ledger) -> Collection[str]:
+        """The metrics that somebody else emits for the pools of this name."""
+        return self.target.withheld(self, ledger)
+
     # -- when things change ----------------------------------------------------
 
     def rename(self, pool: Any) -> None:
         """The user gave *pool* a name after we had met it: move it, and who holds it, to that name."""
-        old = self.watches.pop(id(pool), None)
+        old = self.watches.pop(self.target.anchor(pool)[0], None)
         if old is None:
             return
         new = self._meet(pool)
+        new.opened |= old.opened
         for connection in old.connections():
             new.met(connection)
             since = old.leases.pop(id(connection), None)
@@ -133,7 +151,7 @@ class Registry:
     def close(self) -> None:
         """Forget everything; hooks that could not be taken off find nothing and pass through."""
         self.active = False
-        for table in (self.watches, self.resting, self.sighted, self.ledgers):
+        for table in (self.watches, self.resting, self.sighted, self.ledgers, self.owners):
             table.clear()
 
     def after_fork(self) -> None:
@@ -145,7 +163,7 @@ class Registry:
         the child has inherited is met as the child finds it.
         """
         pools = [pool for watch in list(self.watches.values()) if (pool := watch.pool()) is not None]
-        for table in (self.watches, self.resting, self.ledgers):
+        for table in (self.watches, self.resting, self.ledgers, self.owners):
             table.clear()
         for pool in pools:
             self.sight(pool)

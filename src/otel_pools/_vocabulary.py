@@ -32,7 +32,8 @@ PATHS = (IDLE, NEW, QUEUED)
 TIMEOUT, EXHAUSTED, CANCELLED, CONNECT_ERROR = "timeout", "exhausted", "cancelled", "connect_error"
 
 # Why a connection was closed (REASON).
-REASONS = ("recycle", "idle", "overflow", "invalidated", "pre_ping", "reset", "error", "goaway", "dispose", "closed")
+CLOSED = "closed"  # somebody did, or nothing is known of why
+REASONS = ("recycle", "idle", "overflow", "invalidated", "pre_ping", "reset", "error", "goaway", "dispose", CLOSED)
 
 # Seconds. The SDK's default buckets are made for milliseconds: its first bound would be 5 s.
 BUCKETS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0)
@@ -204,6 +205,13 @@ EVERY = (
         "Connections closed, by reason.",
         lambda r: [(count, {REASON: reason}) for reason, count in r.tally.closed.items()],
         (REASON,),
+    ),
+    Metric(
+        "otel_pools.connection.orphaned",
+        Kind.UP_DOWN,
+        "{connection}",
+        "Places in the pool that are occupied and owned by nobody.",
+        _one(lambda r: r.snapshot.orphaned),
     ),
     Metric(
         "otel_pools.wait.oldest",

@@ -6,15 +6,18 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from . import _vocabulary as words
-from ._guard import guard, lost
+from ._guard import guard, lost, lost_quietly
 from ._model import Identity, Snapshot
 from ._outbox import LIMIT, Note, Outbox
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ._spans import Spans
 
 clock = perf_counter
@@ -52,8 +55,11 @@ def detour(path: str) -> Passage:
         # A creator that itself asks a pool begins a story inside the story.
         passage = Passage(path, passage)
         _passage.set(passage)
-    elif passage.path != words.QUEUED:
-        passage.path = path
+    else:
+        # It may be left over from a connection that was opened outside of any checkout.
+        passage.since = clock()
+        if passage.path != words.QUEUED:
+            passage.path = path
     return passage
 
 
@@ -74,9 +80,15 @@ class KeyedRef(weakref.ref[Any]):
 
     __slots__ = ("key",)
 
-    def __init__(self, thing: Any, gone: Callable[[KeyedRef], None]) -> None:
+    key: int
+
+    def __new__(cls, thing: Any, gone: Callable[[KeyedRef], None], key: int | None = None) -> Self:
+        ref = super().__new__(cls, thing, gone)
+        ref.key = id(thing) if key is None else key
+        return ref
+
+    def __init__(self, thing: Any, gone: Callable[[KeyedRef], None], *_: int | None) -> None:
         super().__init__(thing, gone)  # type: ignore[call-arg]  # typeshed has it in __new__ alone
-        self.key = id(thing)
 
 
 class Ledger:
@@ -122,6 +134,7 @@ class Watch:
     """
 
     __slots__ = (
+        "_missing",
         "_read",
         "_spans",
         "closed_down",
@@ -130,6 +143,9 @@ class Watch:
         "ledger",
         "members",
         "notes",
+        "opened",
+        "orphans",
+        "owners",
         "pool",
         "slow",
         "uses",
@@ -138,13 +154,22 @@ class Watch:
     )
 
     def __init__(
-        self, pool: weakref.ref[Any], ledger: Ledger, read: Callable[[Any, Watch], Snapshot], spans: Spans
+        self,
+        pool: weakref.ref[Any],
+        ledger: Ledger,
+        read: Callable[[Any, Watch], Snapshot],
+        spans: Spans,
+        owners: dict[int, Watch],
     ) -> None:
         self.pool = pool
         self.ledger = ledger
+        self.owners = owners  # shared by all pools: id of a connection -> whose it is
         self.members: dict[int, KeyedRef] = {}  # the connections we have met, held weakly
         self.creating: set[int] = set()  # ids of those being opened: open perhaps, but not idle
+        self.opened: set[int] = set()  # ids of those that we have seen being opened, and not closed
+        self.orphans: set[int] = set()  # ids of those that were lost on their way back
         self.closed_down = False
+        self._missing = 0
         self._read = read
         self._spans = spans
         self.slow = spans.threshold
@@ -163,6 +188,23 @@ class Watch:
     def acquired(self, start: float, seconds: float) -> None:
         """Somebody got a connection, slowly or by a detour; the common case never comes here."""
         self._noted(seconds, _ended(_passage.get(), start), None)
+
+    def lent(self, ticket: int, start: float, result: Any, lease: Callable[[Any], Any]) -> None:
+        """Somebody got *result*, unless a call inside this one has said so already."""
+        end = clock()
+        self.waiting.pop(ticket, None)
+        try:
+            held = lease(result)
+            if held is None or self.leases.get(id(held), -1.0) >= start:
+                return
+            self.leases[id(held)] = end
+            self.ledger.peak = max(self.ledger.peak, len(self.leases))
+            if _passage.get() is None and end - start < self.slow:
+                self.waits.append(end - start)
+            else:
+                self.acquired(start, end - start)
+        except Exception as mistake:
+            lost_quietly("a checkout", mistake)
 
     def failed(self, ticket: int, start: float, error: BaseException, refusal: Refusal) -> None:
         """Somebody asked and got none; *error* goes on to the caller untouched."""
@@ -186,15 +228,45 @@ class Watch:
         if since is not None:
             self.uses.append(clock() - since)
 
+    def kept(self, lease: Any, since: float) -> None:
+        """What should have come back did not: it is out as before, and nobody holds it any more."""
+        self.leases[id(lease)] = since
+        self.orphans.add(id(lease))
+
     def met(self, connection: Any) -> None:
         """Know *connection* from now on, for as long as it lives."""
-        members, leases = self.members, self.leases
+        self.members[id(connection)] = KeyedRef(connection, self._gone)
+        self.owners[id(connection)] = self
 
-        def gone(ref: KeyedRef) -> None:
-            members.pop(ref.key, None)
-            leases.pop(ref.key, None)
+    def _gone(self, ref: KeyedRef) -> None:
+        for table in (self.members, self.leases, self.owners):
+            table.pop(ref.key, None)
+        self.orphans.discard(ref.key)
+        if ref.key in self.opened:
+            # Nobody closed it before the garbage collector did.
+            self.shut(ref.key, words.CLOSED)
 
-        members[id(connection)] = KeyedRef(connection, gone)
+    def opening(self, connection: Any) -> Callable[[bool, BaseException | None], None]:
+        """Somebody opens *connection*; returns what to call at the end: whether it is open now, and the error."""
+        start, passage = clock(), detour(words.NEW)
+        passage.creating = True
+
+        def ended(is_open: bool, error: BaseException | None) -> None:
+            if is_open:
+                self.opened.add(id(connection))
+            if is_open or passage.created:
+                self.created(start)
+            passage.creating, passage.created, passage.failed = False, False, error
+
+        return ended
+
+    def shut(self, key: int, reason: str) -> None:
+        """A connection that may be opened again was closed, or was lost while open."""
+        self.opened.discard(key)
+        self.closed(reason)
+        passage = _passage.get()
+        if passage is not None and passage.creating:
+            passage.created = True
 
     def created(self, start: float) -> None:
         """A connection was opened."""
@@ -231,8 +303,15 @@ class Watch:
         except Exception as error:
             lost(f"reading a {type(pool).__qualname__}", error)
             return Snapshot()
-        # A pool that was replaced hands out no more, so its limits no longer count.
-        return Snapshot(used=now.used, idle=now.idle, pending=now.pending) if self.closed_down else now
+        if self.closed_down:
+            # A pool that was replaced hands out no more, so its limits no longer count.
+            return Snapshot(used=now.used, idle=now.idle, pending=now.pending)
+        return now if now.orphaned is None else replace(now, orphaned=self._orphaned(now.orphaned))
+
+    def _orphaned(self, missing: int) -> int:
+        """What is in nobody's hands for a moment may be on its way; it is lost if it was missing last time too."""
+        sure, self._missing = min(missing, self._missing), missing
+        return sure + len(self.orphans)
 
 
 # How a garbage collector ends a coroutine or greenlet that nobody waits for any more. It may do so inside

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib
 import inspect
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from . import _guard
 from . import _vocabulary as words
 from ._doors import INSTRUMENTORS, instrument, uninstrument
-from ._hooks import Hook, _resolve
+from ._hooks import Either, Hook, Row, resolve
 from .targets import LIBRARIES
 
 
@@ -393,6 +394,15 @@ class PoolContract:
 
 def _hooked(target: str) -> list[Any]:
     """What stands now where the table's rows attach."""
-    rows = importlib.import_module(LIBRARIES[target].target).TARGET.hooks
-    places = [_resolve(row.where) for row in rows if isinstance(row, Hook)]
+    tables = importlib.import_module(LIBRARIES[target].target).TARGET.hooks
+    places = [place for module in tables if module in sys.modules for row in tables[module] for place in _places(row)]
     return [vars(owner)[name] for owner, name in places]
+
+
+def _places(row: Row) -> list[tuple[Any, str]]:
+    """Where this row would attach here."""
+    for hook in row.rows if isinstance(row, Either) else (row,):
+        if isinstance(hook, Hook):
+            with contextlib.suppress(LookupError, ImportError):
+                return [resolve(hook.where)]
+    return []

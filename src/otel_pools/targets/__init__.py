@@ -2,13 +2,13 @@
 What one library has to say about itself to be watched, and where each library says it.
 
 To add a library: write `identify`, `read` and a table of hooks in a module
-here, add one line to `LIBRARIES` and one entry point to pyproject.toml, and
-let a test class inherit `otel_pools.testing.PoolContract`.
+here, add one line to `LIBRARIES`, one instrumentor and one entry point to
+pyproject.toml, and let a test class inherit `otel_pools.testing.PoolContract`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .._hooks import Row
     from .._model import Identity, Snapshot
     from .._registry import Registry
-    from .._watch import Watch
+    from .._watch import Ledger, Watch
 
 
 def _none(pool: Any) -> Iterable[Any]:
@@ -31,8 +31,16 @@ def _nothing(registry: Registry) -> None:
     pass
 
 
-def _itself(thing: Any) -> Any:
-    return thing
+def _itself(thing: Any) -> Iterable[Any]:
+    return (thing,)
+
+
+def _by_id(pool: Any) -> tuple[int, Any]:
+    return id(pool), pool
+
+
+def _nobody(registry: Registry, ledger: Ledger) -> Collection[str]:
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,23 +52,27 @@ class Target:
         name: As in `LIBRARIES`.
         identify: Who a pool is.
         read: What a pool says about itself now; may raise, which costs only its numbers.
-        hooks: Which methods of the library mean what.
+        hooks: Which methods of the library mean what, by the top-level module they are in.
         members: The connections a pool already has when we meet it.
         complete: Whether a pool that was only sighted can be identified yet.
         discover: Sight what existed before we came.
-        pool_of: From what a user holds (an engine, a client) to the pool; raises TypeError if there is none.
+        anchor: From a pool to its id, and to what lives as long as it and can be referenced weakly.
+        pools_of: From what a user holds (an engine, a client) to its pools; raises TypeError if it is nothing of ours.
         name_pool: Remember the name a user gives a pool.
+        withheld: Names of metrics that somebody else emits for the pools of this name, asked at every collection.
     """
 
     name: str
     identify: Callable[[Any], Identity]
     read: Callable[[Any, Watch], Snapshot]
-    hooks: tuple[Row, ...]
+    hooks: Mapping[str, tuple[Row, ...]]
     members: Callable[[Any], Iterable[Any]] = _none
     complete: Callable[[Any], bool] = _always
     discover: Callable[[Registry], None] = _nothing
-    pool_of: Callable[[Any], Any] = _itself
+    anchor: Callable[[Any], tuple[int, Any]] = _by_id
+    pools_of: Callable[[Any], Iterable[Any]] = _itself
     name_pool: Callable[[Any, str], None] | None = None
+    withheld: Callable[[Registry, Ledger], Collection[str]] = _nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +82,17 @@ class Library:
 
     Attributes:
         target: The module with `TARGET`; imported when the app has imported the library.
-        module: The top-level module whose import we wait for.
-        requires: The versions its table was tested with; no upper bound.
+        modules: The top-level modules whose import we wait for, any of them, and the versions
+            the table was tested with; no upper bound.
         extra: What to ``pip install`` if the user named it and it is missing.
     """
 
     target: str
-    module: str
-    requires: str
+    modules: Mapping[str, str]
     extra: str
 
 
 LIBRARIES = {
-    "sqlalchemy": Library("otel_pools.targets.sqlalchemy", "sqlalchemy", "sqlalchemy >= 1.4", "sqlalchemy"),
+    "sqlalchemy": Library("otel_pools.targets.sqlalchemy", {"sqlalchemy": "sqlalchemy >= 1.4"}, "sqlalchemy"),
+    "redis": Library("otel_pools.targets.redis", {"redis": "redis >= 5.0", "valkey": "valkey >= 6.0"}, "redis"),
 }

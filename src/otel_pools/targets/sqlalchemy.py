@@ -134,13 +134,13 @@ def _anchor(pool: Pool) -> Any:
     return pool._dialect if pool._dialect in _engines else pool
 
 
-def pool_of(thing: Any) -> Pool:
+def pools_of(thing: Any) -> Iterable[Pool]:
     """The pool of an Engine, an AsyncEngine or a Pool."""
     engine = getattr(thing, "sync_engine", thing)
     pool = engine if isinstance(engine, Pool) else getattr(engine, "pool", None)
     if not isinstance(pool, Pool):
         raise TypeError(f"neither an engine nor a pool: {type(thing).__qualname__}")
-    return pool
+    return (pool,)
 
 
 def name_pool(pool: Pool, name: str) -> None:
@@ -365,26 +365,28 @@ TARGET = Target(
     members=members,
     complete=complete,
     discover=discover,
-    pool_of=pool_of,
+    pools_of=pools_of,
     name_pool=name_pool,
-    hooks=(
-        acquire("sqlalchemy.pool.base:Pool.connect", lease=attrgetter("_connection_record"), refusal=refusal),
-        acquire("sqlalchemy.pool.impl:SingletonThreadPool.connect", lease=_loan, refusal=refusal),
-        release("sqlalchemy.pool.base:_ConnectionRecord.checkin", pool=_pool_of_record),
-        queue("sqlalchemy.util.queue:Queue.get", items=attrgetter("queue")),
-        queue("sqlalchemy.util.queue:AsyncAdaptedQueue.get", items=attrgetter("_queue._queue")),
-        create(
-            "sqlalchemy.pool.base:_ConnectionRecord._ConnectionRecord__connect",
-            pool=_pool_of_record,
-            opened=lambda record: record.dbapi_connection is not None,
+    hooks={
+        "sqlalchemy": (
+            acquire("sqlalchemy.pool.base:Pool.connect", lease=attrgetter("_connection_record"), refusal=refusal),
+            acquire("sqlalchemy.pool.impl:SingletonThreadPool.connect", lease=_loan, refusal=refusal),
+            release("sqlalchemy.pool.base:_ConnectionRecord.checkin", pool=_pool_of_record),
+            queue("sqlalchemy.util.queue:Queue.get", items=attrgetter("queue")),
+            queue("sqlalchemy.util.queue:AsyncAdaptedQueue.get", items=attrgetter("_queue._queue")),
+            create(
+                "sqlalchemy.pool.base:_ConnectionRecord._ConnectionRecord__connect",
+                pool=_pool_of_record,
+                opened=lambda record: record.dbapi_connection is not None,
+            ),
+            close("sqlalchemy.pool.base:Pool._close_connection", reason=why_closed),
+            _Detached(),
+            replace("sqlalchemy.engine.base:Engine.dispose", pool=attrgetter("pool")),
+            # Not the constructors: `create_engine` reads from their code which options there are.
+            after(
+                "sqlalchemy.engine.interfaces:Dialect.engine_created",
+                do=lambda registry, _, engine: remember(registry, engine),
+            ),
         ),
-        close("sqlalchemy.pool.base:Pool._close_connection", reason=why_closed),
-        _Detached(),
-        replace("sqlalchemy.engine.base:Engine.dispose", pool=attrgetter("pool")),
-        # Not the constructors: `create_engine` reads from their code which options there are.
-        after(
-            "sqlalchemy.engine.interfaces:Dialect.engine_created",
-            do=lambda registry, _, engine: remember(registry, engine),
-        ),
-    ),
+    },
 )

@@ -1,0 +1,555 @@
+"""redis-py and valkey-py: every pool, sync and asyncio, blocking or not, of Sentinel and of Cluster."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterable
+from contextvars import ContextVar
+from operator import attrgetter
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from .. import _vocabulary as words
+from .._guard import logger, lost_quietly, once
+from .._hooks import Hook, Row, Undo, acquire, connect, disconnect, either, make, nothing, optional, resolve, take_back
+from .._model import Identity, Snapshot
+from .._watch import KeyedRef
+from . import Target
+
+if TYPE_CHECKING:
+    from .._registry import Registry
+    from .._watch import Ledger, Watch
+
+LIBRARIES = ("redis", "valkey")
+PORT = 6379
+UNLIMITED = 2**31  # what redis-py writes for "no limit"
+
+# -- who a pool is -----------------------------------------------------------------
+
+_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def identify(pool: Any) -> Identity:
+    """
+    By the user's name, the client's, or Sentinel's; else by the server.
+
+    Asked once, when we meet the pool: a maintenance notification rewrites the host.
+    """
+    options = pool.connection_kwargs
+    service = getattr(pool, "service_name", None)
+    address, port = (None, None) if service else _server(options)
+    given = _names.get(pool) or options.get("client_name") or (_sentinel(pool) if service else None)
+    return Identity(_library(pool), "redis", given, str(options.get("db") or 0), address, port)
+
+
+def _library(pool: Any) -> str:
+    if isinstance(pool, Node):
+        return pool.library
+    roots = (base.__module__.partition(".")[0] for base in type(pool).__mro__)
+    return next((root for root in roots if root in LIBRARIES), "redis")
+
+
+def _server(options: dict[str, Any]) -> tuple[str, int | None]:
+    if "path" in options:
+        return str(options["path"]), None
+    port = int(options.get("port") or PORT)
+    return str(options.get("host") or "localhost"), None if port == PORT else port
+
+
+def _sentinel(pool: Any) -> str:
+    return f"sentinel:{pool.service_name}/{'master' if pool.is_master else 'replica'}"
+
+
+def complete(pool: Any) -> bool:
+    """A pool is made before Sentinel's part of it."""
+    return "connection_kwargs" in dir(pool) and ("Sentinel" not in type(pool).__name__ or hasattr(pool, "is_master"))
+
+
+class Node:
+    """
+    The pool of one node of an asyncio cluster, which is no pool and cannot be referenced weakly.
+
+    It keeps what the node keeps, except the deque of free connections, which
+    is referenced weakly: it lives exactly as long as the node.
+    """
+
+    __slots__ = ("__weakref__", "_free", "connection_kwargs", "connections", "key", "library", "max_connections")
+
+    def __init__(self, node: Any, free: weakref.ref[Any]) -> None:
+        self.key = id(node)
+        self.library = type(node).__module__.partition(".")[0]
+        self.connection_kwargs = {"client_name": node.connection_kwargs.get("client_name")}
+        self.connection_kwargs |= {"host": node.host, "port": node.port}
+        self.connections = node._connections
+        self.max_connections = node.max_connections
+        self._free = free
+
+    def __repr__(self) -> str:
+        return f"<Node {self.connection_kwargs['host']}:{self.connection_kwargs['port']} of an asyncio cluster>"
+
+    @property
+    def free(self) -> list[Any]:
+        """The connections that nobody holds."""
+        return list(self._free() or ())
+
+
+# By the id of its deque; the only strong reference to a Node.
+_nodes: dict[int, tuple[KeyedRef, Node]] = {}
+
+
+def anchor(pool: Any) -> tuple[int, Any]:
+    """A pool, or what stands for a node of an asyncio cluster."""
+    if isinstance(pool, Node):
+        return pool.key, pool
+    if not hasattr(pool, "acquire_connection"):
+        return id(pool), pool
+    free = pool._free
+    if id(free) not in _nodes:
+        ref = KeyedRef(free, lambda ref: void(_nodes.pop(ref.key, None)))
+        _nodes[id(free)] = ref, Node(pool, ref)
+    return id(pool), _nodes[id(free)][1]
+
+
+def void(_: Any) -> None:
+    """Forget the result."""
+
+
+def pools_of(thing: Any) -> Iterable[Any]:
+    """The pool of a client, those of a cluster's nodes or of several databases, or a pool itself."""
+    if hasattr(thing, "nodes_manager"):
+        nodes = list(thing.nodes_manager.nodes_cache.values())
+        return [pool for node in nodes for pool in _pools_of_node(node)]
+    if hasattr(thing, "get_databases"):
+        return [pool for database, _ in thing.get_databases() for pool in pools_of(database.client)]
+    pool = getattr(thing, "connection_pool", thing)
+    if not hasattr(pool, "get_connection") or not hasattr(pool, "connection_kwargs"):
+        raise TypeError(f"neither a client nor a pool: {type(thing).__qualname__}")
+    return (pool,)
+
+
+def _pools_of_node(node: Any) -> Iterable[Any]:
+    if hasattr(node, "acquire_connection"):
+        return (anchor(node)[1],)
+    client = getattr(node, "redis_connection", None) or getattr(node, "valkey_connection", None)
+    return () if client is None else (client.connection_pool,)
+
+
+def name_pool(pool: Any, name: str) -> None:
+    """Keep the user's name for as long as the pool lives."""
+    _names[pool] = name
+
+
+# -- what it says --------------------------------------------------------------------
+
+
+def read(pool: Any, watch: Watch) -> Snapshot:
+    """
+    Counted from its connections; without its lock, which it holds while it talks to the server.
+
+    One that is out counts even while it has no socket: it takes a place.
+    One that lies in the pool counts only if it is open: redis-py keeps the
+    closed ones too.
+    """
+    most = _limit(pool)
+    if getattr(pool, "pid", None) not in {None, os.getpid()}:
+        return Snapshot(0, 0, most, pending=0, orphaned=0)  # forked: the sockets are the parent's
+    used, free = _used(pool), _free(pool)
+    idle = sum(map(_is_open, free))
+    return Snapshot(len(used), idle, most, pending=_pending(pool, watch), orphaned=_missing(pool, used, free))
+
+
+def _limit(pool: Any) -> int | None:
+    line = _line(pool)
+    most: int = pool.max_connections if line is None else line.maxsize
+    return most if most < UNLIMITED else None
+
+
+def _line(pool: Any) -> Any:
+    """The queue of a blocking pool, which holds None for each connection that is not made yet."""
+    return None if isinstance(pool, Node) else vars(pool).get("pool")
+
+
+def _slots(line: Any) -> list[Any]:
+    return list(line.queue if hasattr(line, "queue") else line._queue)
+
+
+def _free(pool: Any) -> list[Any]:
+    """Each connection once: one that was released twice lies in a blocking pool twice."""
+    return list({id(connection): connection for connection in _lying(pool) if connection is not None}.values())
+
+
+def _lying(pool: Any) -> list[Any]:
+    if isinstance(pool, Node):
+        return pool.free
+    line = _line(pool)
+    return list(pool._available_connections) if line is None else _slots(line)
+
+
+def _used(pool: Any) -> list[Any]:
+    if isinstance(pool, Node) or _line(pool) is not None:
+        made = pool.connections if isinstance(pool, Node) else pool._connections
+        free = {id(connection) for connection in _free(pool)}
+        return [connection for connection in list(made) if id(connection) not in free]
+    out = pool._in_use_connections
+    if isinstance(out, WeakSet):  # an asyncio pool after `reset()`; iterating over it runs Python code
+        return [connection for ref in list(vars(out)["data"]) if (connection := ref()) is not None]
+    return list(out)
+
+
+def _missing(pool: Any, used: list[Any], free: list[Any]) -> int:
+    """Places that are taken and hold nothing: an owner was refused, or a connection could not even be made."""
+    line = _line(pool)
+    if line is not None:
+        made: int = line.maxsize - len(_slots(line))
+        return max(made - len(used), 0)
+    made = getattr(pool, "_created_connections", len(free) + len(used))
+    return max(made - len(free) - len(used), 0)
+
+
+def _pending(pool: Any, watch: Watch) -> int | None:
+    """
+    Who stands in line, from the line itself.
+
+    The lists are CPython's own and undocumented; without them the number is
+    not told. Who gives a connection back stands in the same asyncio lines, so
+    never more are told than ask.
+    """
+    line = _line(pool)
+    if line is not None and hasattr(line, "not_empty"):
+        waiters = getattr(line.not_empty, "_waiters", None)
+        return None if waiters is None else len(waiters)
+    if line is not None:
+        return _futures(line, "_getters")
+    condition = None if isinstance(pool, Node) else vars(pool).get("_condition")
+    lock = None if isinstance(pool, Node) else vars(pool).get("_lock")
+    lines = (condition, getattr(condition, "_lock", None), lock)
+    return min(sum(_futures(one, "_waiters") or 0 for one in lines), len(watch.waiting))
+
+
+def _futures(line: Any, name: str) -> int | None:
+    """How many still wait in this list of asyncio's; it is None until somebody has."""
+    if not hasattr(line, name):
+        return None
+    return sum(hasattr(one, "done") and not one.done() for one in list(getattr(line, name) or ()))
+
+
+def _parts(connection: Any) -> Iterable[Any]:
+    """A connection, and the one inside it if it is one with a client-side cache."""
+    inner = getattr(connection, "_conn", None)
+    return (connection,) if inner is None else (connection, inner)
+
+
+def _is_open(connection: Any) -> bool:
+    connection = getattr(connection, "_conn", None) or connection
+    if hasattr(connection, "_sock"):
+        return connection._sock is not None
+    return bool(getattr(connection, "is_connected", True))
+
+
+def members(pool: Any) -> Iterable[Any]:
+    """The connections a pool has when we first see it, free or out."""
+    return [part for connection in (*_used(pool), *_free(pool)) for part in _parts(connection)]
+
+
+def discover(registry: Registry) -> None:
+    """Find the pools, and the nodes of asyncio clusters, that were there before us."""
+    kinds = tuple(kind for library in LIBRARIES for kind in _kinds(library))
+    for thing in gc.get_objects():
+        if issubclass(type(thing), kinds):
+            registry.sight(thing)
+
+
+def _kinds(library: str) -> Iterable[type]:
+    places = {"connection": "ConnectionPool", "asyncio.connection": "ConnectionPool", "asyncio.cluster": "ClusterNode"}
+    for module, name in places.items():
+        kind = getattr(sys.modules.get(f"{library}.{module}"), name, None)
+        if kind is not None:
+            yield kind
+
+
+# -- what happens to it ------------------------------------------------------------
+
+
+def refusal(error: BaseException) -> str | None:
+    """By words, as the class is the same as for a lost connection, or has changed between versions."""
+    said = str(error)
+    if type(error).__name__ == "MaxConnectionsError" or said == "Too many connections":
+        return words.EXHAUSTED
+    return words.TIMEOUT if said == "No connection available." else None
+
+
+def crowded(pool: Any) -> bool:
+    """Whether a blocking pool has neither a free connection nor room for one."""
+    line = _line(pool)
+    if line is not None:
+        return not getattr(line, "queue", None) and not getattr(line, "_queue", None)
+    return not pool._available_connections and len(pool._in_use_connections) >= pool.max_connections
+
+
+def locked(pool: Any) -> bool:
+    """Whether somebody holds an asyncio pool's lock: from 5.3 to 7.1, for as long as it takes to connect."""
+    lock = getattr(pool, "_lock", None)
+    return lock is not None and lock.locked()
+
+
+def undecorated(method: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    From 5.3 on, `get_connection` warns of arguments; without any, what is inside does the same for 1.3 us less.
+
+    Only redis-py's own decorator is passed by, never somebody else's.
+    """
+    code = getattr(method, "__code__", None)
+    inside = getattr(method, "__wrapped__", None)
+    if code is None or inside is None or code.co_name not in {"wrapper", "async_wrapper"}:
+        return method
+    library = method.__module__.partition(".")[0]
+    own = code.co_filename.replace("\\", "/").endswith(f"/{library}/utils.py")
+    return inside if own else method
+
+
+def _out(pool: Any, connection: Any) -> bool:
+    return any(one is connection for one in _used(pool))
+
+
+# From the function of redis-py that had a connection closed to why.
+CALLERS = {
+    "release": "invalidated",  # marked for reconnection, or the owner is another: Sentinel has failed over
+    "disconnect_if_needed": "invalidated",
+    "_disconnect_and_release": "invalidated",
+    "disconnect_free_connections": "invalidated",
+    "get_connection": "pre_ping",  # found unfit when it was to be lent
+    "ensure_connection": "pre_ping",
+    "reset": "reset",
+    "close": words.CLOSED,
+    "aclose": words.CLOSED,
+    "__del__": words.CLOSED,
+} | dict.fromkeys(
+    (
+        "call_with_retry",
+        "can_read",
+        "can_read_destructive",
+        "check_health",
+        "connect",
+        "connect_check_health",
+        "read_response",
+        "send_packed_command",
+        "_disconnect_raise",
+        "_disconnect_reset_raise",
+        "_close_connection",
+    ),
+    "error",
+)
+
+
+def why_closed() -> str:
+    """Why `disconnect` was called: who did is known, and only frames of redis-py itself are looked at."""
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith(("redis.", "valkey.")):
+        name = frame.f_code.co_name
+        if name in CALLERS:
+            return CALLERS[name]
+        if name == "disconnect" and hasattr(frame.f_locals.get("self"), "connection_class"):
+            return "dispose"
+        frame = frame.f_back
+    # An asyncio pool closes its connections in tasks of their own.
+    in_task = frame is not None and str(frame.f_globals.get("__name__")).startswith("asyncio.")
+    return "dispose" if in_task else words.CLOSED
+
+
+# What a command of an asyncio cluster has borrowed, until it is through.
+_borrowed: ContextVar[list[Any] | None] = ContextVar("otel_pools_borrowed", default=None)
+
+
+def _lend(connection: Any) -> Any:
+    borrowed = _borrowed.get()
+    if borrowed is not None:
+        borrowed.append(connection)
+    return connection
+
+
+class _Call:
+    """A command of an asyncio cluster node that puts the connection back itself, as up to 7.4, and not by a call."""
+
+    verb = "release"
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def install(self, registry: Registry) -> Undo:
+        """Wrap it, unless it calls `release`, which has a row of its own."""
+        owner, name = resolve(self.where)
+        if "release" in vars(owner)[name].__code__.co_names:
+            return nothing
+        return Hook(self.verb, self.where, self._compile).install(registry)
+
+    def _compile(self, original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
+        async def call(node: Any, *args: Any, **kwargs: Any) -> Any:
+            borrowed: list[Any] = []
+            _borrowed.set(borrowed)
+            try:
+                return await original(node, *args, **kwargs)
+            finally:
+                # Not by its token: the garbage collector may end us in another context.
+                _borrowed.set(None)
+                for connection in borrowed:
+                    _put_back(registry, node, connection)
+
+        return call
+
+
+def _put_back(registry: Registry, node: Any, connection: Any) -> None:
+    """The last thing it has done is to put it back; if not, it never will."""
+    try:
+        watch = registry.find(node)
+        since = None if watch is None else watch.leases.get(id(connection))
+        if watch is None or since is None:
+            return
+        if node._free and node._free[-1] is connection:
+            watch.ended(connection)
+        else:
+            watch.kept(connection, since)
+    except Exception as mistake:
+        lost_quietly("a checkin", mistake)
+
+
+# -- beside redis-py's own metrics ---------------------------------------------------
+
+# What redis-py emits itself, from 7.2 on and if it was told to: our metric, and its instruments for it.
+NATIVE = {
+    "db.client.connection.count": ("connection_count_updown", "connection_count"),
+    "db.client.connection.create_time": ("connection_create_time",),
+    "db.client.connection.wait_time": ("connection_wait_time",),
+    "db.client.connection.timeouts": ("connection_timeouts",),
+}
+COLLECTORS = {
+    "redis.observability.recorder": "_metrics_collector",
+    "redis.asyncio.observability.recorder": "_async_metrics_collector",
+}
+
+
+def _collectors() -> list[Any]:
+    """redis-py's own recorders, if it records; without making one, and without asking it, which does."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in COLLECTORS.items())
+    return [collector for collector in found if collector is not None]
+
+
+def withheld(registry: Registry, ledger: Ledger) -> Collection[str]:
+    """
+    What redis-py emits for these pools itself, if we defer to it.
+
+    It knows no asyncio cluster, measures waits of blocking pools only, and has
+    a counter of timeouts that it never uses.
+    """
+    if registry.settings.native_redis == "both" or ledger.identity.library != "redis" or not _collectors():
+        return ()
+    pools = [watch.pool() for watch in list(registry.watches.values()) if watch.ledger is ledger]
+    names = [name for name in NATIVE if _emitted(name) and name != "db.client.connection.timeouts"]
+    if any(isinstance(pool, Node) for pool in pools):
+        return ()
+    if not any("Blocking" in base.__name__ for pool in pools for base in type(pool).__mro__):
+        names = [name for name in names if name != "db.client.connection.wait_time"]
+    if names:
+        once(
+            "native redis",
+            "otel_pools: redis-py's own OpenTelemetry metrics are on; %s of its pools are left to it (its counts"
+            " drift, see the README; native_redis='replace' lets us emit them instead)",
+            ", ".join(names),
+        )
+    return names
+
+
+def _emitted(name: str) -> bool:
+    return any(getattr(one, attribute, None) is not None for one in _collectors() for attribute in NATIVE[name])
+
+
+class _Replacement:
+    """Takes over from redis-py's own metrics what is ours too, if the user wants that."""
+
+    verb = "replace"
+    where = "redis.observability.metrics:RedisMetricsCollector"
+
+    def install(self, registry: Registry) -> Undo:
+        """Let its recorder be made without these instruments: it records only those it has."""
+        if registry.settings.native_redis != "replace":
+            return nothing
+        if _collectors():
+            logger.warning("otel_pools: redis-py's own metrics have begun already; they are left to it, not replaced")
+            return nothing
+        undo = [row.install(registry) for row in self._rows()]
+        return lambda: void([take_off() for take_off in undo])
+
+    def _rows(self) -> Iterable[Row]:
+        for part in ("basic", "advanced"):
+            yield optional(Hook(self.verb, f"{self.where}._init_connection_{part}_metrics", _without_ours))
+
+
+def _without_ours(original: Callable[..., Any], _: Registry) -> Callable[..., Any]:
+    def init(collector: Any) -> None:
+        original(collector)
+        for attributes in NATIVE.values():
+            for attribute in attributes:
+                vars(collector).pop(attribute, None)
+
+    return init
+
+
+# -- the table -------------------------------------------------------------------------
+
+
+def _rows(library: str) -> tuple[Row, ...]:
+    """Both libraries have the same; the pools of Sentinel, of a sync cluster and of several databases are these."""
+    pool, blocking = f"{library}.connection:ConnectionPool", f"{library}.connection:BlockingConnectionPool"
+    connection = f"{library}.connection:AbstractConnection"
+    aio = f"{library}.asyncio.connection"
+    node = f"{library}.asyncio.cluster:ClusterNode"
+    sync_open, async_open = attrgetter("_sock"), attrgetter("is_connected")
+
+    def asks(pool: str, line: Callable[[Any], Any] | None) -> Row:
+        return acquire(f"{pool}.get_connection", refusal=refusal, crowded=line, bare=undecorated)
+
+    def opens(connection: str, is_open: Callable[[Any], Any]) -> Row:
+        # From 6.0 on the first is one attempt, and the second may make several.
+        places = (f"{connection}.connect_check_health", f"{connection}.connect")
+        return either(*(connect(place, is_open=is_open) for place in places))
+
+    return (
+        asks(pool, None),
+        asks(blocking, crowded),
+        asks(f"{aio}:ConnectionPool", locked),
+        asks(f"{aio}:BlockingConnectionPool", crowded),
+        take_back(f"{pool}.release", out=_out),
+        take_back(f"{blocking}.release", out=_out),
+        take_back(f"{aio}:ConnectionPool.release", out=_out),
+        take_back(f"{aio}:BlockingConnectionPool.release", out=_out),
+        make(f"{pool}.make_connection", parts=_parts),
+        make(f"{blocking}.make_connection", parts=_parts),
+        make(f"{aio}:ConnectionPool.make_connection", parts=_parts),
+        optional(make(f"{aio}:BlockingConnectionPool.make_connection", parts=_parts)),  # 5.0.0 alone
+        opens(connection, sync_open),
+        opens(f"{aio}:AbstractConnection", async_open),
+        disconnect(f"{connection}.disconnect", is_open=sync_open, reason=why_closed),
+        disconnect(f"{aio}:AbstractConnection.disconnect", is_open=async_open, reason=why_closed),
+        acquire(f"{node}.acquire_connection", lease=_lend, refusal=refusal),
+        optional(take_back(f"{node}.release", out=_out)),  # from 6.4 on
+        _Call(f"{node}.execute_command"),
+        _Call(f"{node}.execute_pipeline"),
+    )
+
+
+TARGET = Target(
+    name="redis",
+    identify=identify,
+    read=read,
+    members=members,
+    complete=complete,
+    discover=discover,
+    anchor=anchor,
+    pools_of=pools_of,
+    name_pool=name_pool,
+    withheld=withheld,
+    hooks={"redis": (*_rows("redis"), _Replacement()), "valkey": _rows("valkey")},
+)
