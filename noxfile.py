@@ -17,8 +17,9 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.error_on_missing_interpreters = False
 nox.options.sessions = ["lint", "tests", "targets", "oldest", "wheel"]
 
-# Oldest supported, newest of the stable line, newest.
-SQLALCHEMY = ["==2.0.0", "==2.0.*", ">=2.1"]
+# Oldest supported, where they changed how their pools work, and newest but one; the newest is in `tests`.
+SLICE = ["sqlalchemy==2.0.0", "sqlalchemy==2.0.*", "redis==5.0.0", "redis==6.4.*", "redis==7.4.*"]
+MATRIX = [*SLICE, "redis==5.0.1", "redis==5.2.*", "redis==5.3.*", "redis==7.1.*", "redis==8.0.*", "valkey==6.0.*"]
 # Where we touch the API, the SDK or the loader.
 OPENTELEMETRY = [f"tests/test_{room}.py" for room in ("instruments", "merge", "doors", "spans", "watch")]
 
@@ -40,12 +41,29 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(python=MAIN)
-@nox.parametrize("sqlalchemy", SQLALCHEMY)
-def targets(session: nox.Session, sqlalchemy: str) -> None:
-    """The contract and the truth, on each version of the library; on 1.4 the contract alone."""
+@nox.parametrize("version", SLICE)
+def targets(session: nox.Session, version: str) -> None:
+    """The contract and the truth, on other versions of the libraries."""
+    _on(session, version)
+
+
+@nox.session(python=MAIN)
+@nox.parametrize("version", MATRIX)
+def matrix(session: nox.Session, version: str) -> None:
+    """The same on all versions where something changed: on demand."""
+    _on(session, version)
+
+
+def _on(session: nox.Session, version: str) -> None:
+    library = version.partition("=")[0]
     session.install("-e", ".[demo]", *nox.project.dependency_groups(PROJECT, "test"))
-    session.install(f"sqlalchemy[asyncio]{sqlalchemy}")
-    session.run("pytest", "tests/targets", *session.posargs)
+    session.install(version.replace("sqlalchemy", "sqlalchemy[asyncio]"))
+    table = "sqlalchemy" if library == "sqlalchemy" else "redis"
+    # Each test of redis-py's is also one of valkey-py's, which is the same every time.
+    other = {"redis": ("-k", "not valkey"), "valkey": ("-k", "valkey")}.get(library, ())
+    session.run(
+        "pytest", f"tests/targets/test_{table}.py", f"tests/targets/test_{table}_truth.py", *other, *session.posargs
+    )
 
 
 @nox.session(python=MAIN)
@@ -80,3 +98,4 @@ def bench(session: nox.Session) -> None:
     """What we cost, as a table: on demand, on a quiet machine."""
     session.install("-e", ".[demo]", *nox.project.dependency_groups(PROJECT, "test"))
     session.run("python", "benchmarks/cycle.py", *session.posargs)
+    session.run("python", "benchmarks/redis_cycle.py", *session.posargs)

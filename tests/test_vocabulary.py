@@ -81,7 +81,7 @@ def test_the_readme_has_no_other_metric():
 def test_points_carry_only_their_keys(row):
     """The attributes of a row's points are among those it declares."""
     tally = Tally({("new", "timeout"): 1}, 1, 1, {"recycle": 1}, 1)
-    reading = Reading(Snapshot(1, 1, 1, 1, 1, 1, 1, 1), tally, 1, 1, 1.0, 1.0)
+    reading = Reading(Snapshot(1, 1, 1, 1, 1, 1, 1, 1, 1), tally, 1, 1, 1.0, 1.0)
 
     points = list(row.points(reading))
 
@@ -96,12 +96,15 @@ def test_points_carry_only_their_keys(row):
         (Identity("lib", "sys", None, "ns", "host", 1), "ns"),
         (Identity("lib", "sys", None, None, "host", 1), "host:1"),
         (Identity("lib", "sys", None, None, "host"), "host"),
+        (Identity("lib", "sys", None, "2", "host", 1), "host:1/2"),
+        (Identity("lib", "sys", "given", "2", "host"), "given"),
+        (Identity("lib", "sys", None, "2"), "2"),
         (Identity("lib", "sys"), "sys"),
         (Identity("lib", ""), "lib"),
     ],
 )
 def test_a_name_falls_back_in_the_order_of_the_conventions(identity, name):
-    """Given name, namespace, server, system, library: semantic-conventions #4097."""
+    """Given name, namespace, server, system, library: semantic-conventions #4097; a number goes with its server."""
     assert identity.name == name
 
 

@@ -91,6 +91,21 @@ def _checkouts(reading: Reading) -> Points:
     return [(count, {PATH: path, ERROR: error} if error else {PATH: path}) for (path, error), count in counts.items()]
 
 
+COUNT = Metric(
+    "db.client.connection.count",
+    Kind.UP_DOWN,
+    "{connection}",
+    "The number of connections that are currently in state described by the `state` attribute.",
+    lambda r: ((r.snapshot.used, {STATE: "used"}), (r.snapshot.idle, {STATE: "idle"})),
+    (STATE,),
+)
+TIMEOUTS = Metric(
+    "db.client.connection.timeouts",
+    Kind.COUNTER,
+    "{timeout}",
+    "The number of connection timeouts that have occurred trying to obtain a connection from the pool.",
+    _one(lambda r: r.tally.timeouts),
+)
 WAIT = Metric(
     "db.client.connection.wait_time",
     Kind.HISTOGRAM,
@@ -113,14 +128,7 @@ CREATE = Metric(
 
 # Names, units and descriptions of the first nine are those of semantic conventions 1.44 (tested against them).
 DB = (
-    Metric(
-        "db.client.connection.count",
-        Kind.UP_DOWN,
-        "{connection}",
-        "The number of connections that are currently in state described by the `state` attribute.",
-        lambda r: ((r.snapshot.used, {STATE: "used"}), (r.snapshot.idle, {STATE: "idle"})),
-        (STATE,),
-    ),
+    COUNT,
     Metric(
         "db.client.connection.max",
         Kind.UP_DOWN,
@@ -149,13 +157,7 @@ DB = (
         "The number of current pending requests for an open connection.",
         _one(lambda r: r.snapshot.pending),
     ),
-    Metric(
-        "db.client.connection.timeouts",
-        Kind.COUNTER,
-        "{timeout}",
-        "The number of connection timeouts that have occurred trying to obtain a connection from the pool.",
-        _one(lambda r: r.tally.timeouts),
-    ),
+    TIMEOUTS,
     WAIT,
     USE,
     CREATE,

@@ -420,10 +420,10 @@ def _put_back(registry: Registry, node: Any, connection: Any) -> None:
 
 # What redis-py emits itself, from 7.2 on and if it was told to: our metric, and its instruments for it.
 NATIVE = {
-    "db.client.connection.count": ("connection_count_updown", "connection_count"),
-    "db.client.connection.create_time": ("connection_create_time",),
-    "db.client.connection.wait_time": ("connection_wait_time",),
-    "db.client.connection.timeouts": ("connection_timeouts",),
+    words.COUNT.name: ("connection_count_updown", "connection_count"),
+    words.CREATE.name: ("connection_create_time",),
+    words.WAIT.name: ("connection_wait_time",),
+    words.TIMEOUTS.name: ("connection_timeouts",),
 }
 COLLECTORS = {
     "redis.observability.recorder": "_metrics_collector",
@@ -447,11 +447,11 @@ def withheld(registry: Registry, ledger: Ledger) -> Collection[str]:
     if registry.settings.native_redis == "both" or ledger.identity.library != "redis" or not _collectors():
         return ()
     pools = [watch.pool() for watch in list(registry.watches.values()) if watch.ledger is ledger]
-    names = [name for name in NATIVE if _emitted(name) and name != "db.client.connection.timeouts"]
+    names = [name for name in NATIVE if _emitted(name) and name != words.TIMEOUTS.name]
     if any(isinstance(pool, Node) for pool in pools):
         return ()
     if not any("Blocking" in base.__name__ for pool in pools for base in type(pool).__mro__):
-        names = [name for name in names if name != "db.client.connection.wait_time"]
+        names = [name for name in names if name != words.WAIT.name]
     if names:
         once(
             "native redis",
