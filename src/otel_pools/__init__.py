@@ -1,10 +1,18 @@
 """Every connection pool in this process, visible through OpenTelemetry."""
 
 from ._config import Settings
-from ._doors import RedisPoolInstrumentor, SQLAlchemyPoolInstrumentor, instrument, name_pool, uninstrument
+from ._doors import (
+    HTTPXPoolInstrumentor,
+    RedisPoolInstrumentor,
+    SQLAlchemyPoolInstrumentor,
+    instrument,
+    name_pool,
+    uninstrument,
+)
 from ._version import __version__
 
 __all__ = [
+    "HTTPXPoolInstrumentor",
     "RedisPoolInstrumentor",
     "SQLAlchemyPoolInstrumentor",
     "Settings",

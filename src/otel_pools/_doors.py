@@ -109,10 +109,14 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
         cls._undo = undo
         existed = {module for module in modules if module in sys.modules}
 
+        attached: set[str] = set()
+
         def imported(module: Any) -> None:
             # Inside the app's own import statement: nothing of ours may come out of it.
             with guard(f"instrumenting {self.library}"):
-                if cls._undo is undo:
+                # One library may go by the name of another, as under `httpx2.alias_httpx()`.
+                if cls._undo is undo and module.__name__ not in attached:
+                    attached.add(module.__name__)
                     registry = cls._registry or cls._begin(undo, chosen, meter_provider, tracer_provider)
                     _attach(registry, undo, module.__name__)
                     if module.__name__ in existed:
@@ -170,7 +174,14 @@ class RedisPoolInstrumentor(PoolInstrumentor):
     library = "redis"
 
 
+class HTTPXPoolInstrumentor(PoolInstrumentor):
+    """Watches every pool of httpcore and httpcore2, hence of httpx, httpx2 and the many clients built on them."""
+
+    library = "httpx"
+
+
 INSTRUMENTORS: dict[str, type[PoolInstrumentor]] = {
+    "httpx": HTTPXPoolInstrumentor,
     "sqlalchemy": SQLAlchemyPoolInstrumentor,
     "redis": RedisPoolInstrumentor,
 }

@@ -445,11 +445,14 @@ def make(where: str, *, parts: Pick) -> Hook:
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
         def made(pool: Any, *args: Any, **kwargs: Any) -> Any:
             connection = original(pool, *args, **kwargs)
-            with guard("a new connection"):
+            # It may hold the pool's lock, in which somebody's logging could ask the pool.
+            try:
                 watch = registry.find(pool)
                 if watch is not None:
                     for part in parts(connection):
                         watch.met(part)
+            except Exception as mistake:
+                lost_quietly("a new connection", mistake)
             return connection
 
         return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter
@@ -12,9 +12,11 @@ from . import _guard
 from . import _vocabulary as words
 from ._merge import Histogram
 from ._model import Identity, Reading
+from ._outbox import Histograms
 from ._registry import Registry
 from ._version import __version__
-from ._vocabulary import CREATE, METRICS, USE, WAIT, Kind, Metric
+from ._vocabulary import CREATE, DURATION, METRICS, TIME_IN_QUEUE, USE, WAIT, Kind, Metric
+from ._watch import Ledger
 
 Callback = Callable[[CallbackOptions], Iterable[Observation]]
 
@@ -37,7 +39,7 @@ class Instruments:
         self.registry: Registry | None = None
         self._target = target
         self._readings: list[tuple[Identity, Reading, Collection[str]]] = []  # and what is not to be told
-        self._histograms = {row.name: _histogram(meter, row) for row in (WAIT, USE, CREATE)}
+        self._histograms = {row.name: _histogram(meter, row) for row in METRICS if row.points is None}
         collect: Callable[[], None] = self._collect
         for row in METRICS:
             if row.points is not None:
@@ -56,17 +58,25 @@ class Instruments:
         withheld = {}
         for ledger in list(registry.ledgers.values()):
             with _guard.guard("delivery"):
-                withheld[ledger.identity] = {*registry.settings.metrics_exclude, *registry.withheld(ledger)}
-                wanted = self._wanted(withheld[ledger.identity])
-                ledger.outbox.deliver(wanted, words.attributes(ledger.identity, words.SEMCONV_POOL))
+                withheld[ledger.identity] = self._withheld(registry, ledger)
+                self._deliver(ledger, withheld[ledger.identity])
         self._readings = [
             (ledger.identity, reading, withheld.get(ledger.identity, set())) for ledger, reading in registry.readings()
         ]
 
-    def _wanted(self, withheld: Collection[str]) -> tuple[Histogram, Histogram, Histogram]:
+    def _withheld(self, registry: Registry, ledger: Ledger) -> Collection[str]:
+        return {
+            *registry.settings.metrics_exclude,
+            *registry.withheld(ledger),
+            *words.foreign(ledger.identity),
+        }
+
+    def _deliver(self, ledger: Ledger, withheld: Collection[str]) -> None:
         # Not left to a view that drops it: the call would cost the same.
-        wait, use, create = (_UNWANTED if name in withheld else h for name, h in self._histograms.items())
-        return wait, use, create
+        wanted = {name: histogram for name, histogram in self._histograms.items() if name not in withheld}
+        wait = WAIT if ledger.identity.system is not None else TIME_IN_QUEUE
+        histograms = Histograms(*(wanted.get(row.name) for row in (wait, USE, CREATE, DURATION)))
+        ledger.outbox.deliver(histograms, words.attributes(ledger.identity, words.pool_key(ledger.identity)))
 
     def _observe(self, row: Metric, collect: Callable[[], None]) -> Callback:
         def observe(_: CallbackOptions) -> Iterable[Observation]:
@@ -102,16 +112,6 @@ def _histogram(meter: Meter, row: Metric) -> Histogram:
     return meter.create_histogram(
         row.name, unit=row.unit, description=row.description, explicit_bucket_boundaries_advisory=words.BUCKETS
     )
-
-
-class _Unwanted:
-    """A histogram nobody wants."""
-
-    def record(self, amount: float, attributes: Mapping[str, Any] | None = None, context: Any = None) -> None:
-        """Do nothing."""
-
-
-_UNWANTED = _Unwanted()
 
 
 def _nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class Identity:
 
     Attributes:
         library: The library the pool belongs to, as in ``sqlalchemy``.
-        system: ``db.system.name``, as in ``postgresql``.
+        system: ``db.system.name``, as in ``postgresql``; None for a pool that speaks just HTTP.
         given: The name somebody gave the pool, if anybody did.
         namespace: ``db.namespace``: the database.
         address: ``server.address``: a host, a socket path, or ``a:1,b:2`` for many.
@@ -24,7 +25,7 @@ class Identity:
     """
 
     library: str
-    system: str
+    system: str | None = None
     given: str | None = None
     namespace: str | None = None
     address: str | None = None
@@ -51,6 +52,26 @@ class Identity:
         return f"{self.address}:{self.port}"
 
 
+class Origin(NamedTuple):
+    """Where an HTTP connection goes: ``url.scheme``, ``server.address``, ``server.port``."""
+
+    scheme: str
+    address: str
+    port: int
+
+
+class Load(NamedTuple):
+    """What one origin has of a pool: connections that are busy, those that are idle, and requests under way."""
+
+    active: int = 0
+    idle: int = 0
+    requests: int = 0
+
+    def plus(self, other: Load) -> Load:
+        """Both together."""
+        return Load(self.active + other.active, self.idle + other.idle, self.requests + other.requests)
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """
@@ -69,6 +90,10 @@ class Snapshot:
         overflow: Open connections beyond the pool's base size.
         overflow_max: The most of those.
         orphaned: Places that are taken, and by nobody: a leaked slot.
+        streams: HTTP/2 streams in use; None if there is no HTTP/2.
+        streams_pending: Requests that have a connection, and wait for a stream of it.
+        streams_max: The most streams its connections allow.
+        origins: What each origin has of an HTTP pool.
     """
 
     used: int | None = None
@@ -80,15 +105,21 @@ class Snapshot:
     overflow: int | None = None
     overflow_max: int | None = None
     orphaned: int | None = None
+    streams: int | None = None
+    streams_pending: int | None = None
+    streams_max: int | None = None
+    origins: Mapping[Origin, Load] | None = None
 
     def __add__(self, other: Snapshot) -> Snapshot:
         """Both pools together: a number only one of them can tell is that one's."""
         return Snapshot(*(_add(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
-def _add(one: int | None, other: int | None) -> int | None:
+def _add(one: Any, other: Any) -> Any:
     if one is None or other is None:
         return other if one is None else one
+    if isinstance(one, Mapping):
+        return {origin: one.get(origin, Load()).plus(other.get(origin, Load())) for origin in (*one, *other)}
     return one + other
 
 
@@ -121,7 +152,7 @@ class Reading:
         snapshot: All live pools of that name, added up.
         tally: What has happened under that name.
         pools: How many live pools bear it; this and the following are None when the last one is gone.
-        peak: The highest ``used`` since the previous collection.
+        peak: The highest ``used`` since the previous collection; None where requests share connections.
         oldest_wait: Age of the oldest request without a connection yet, in seconds.
         oldest_use: Age of the oldest checkout, in seconds.
     """

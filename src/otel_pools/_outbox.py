@@ -26,11 +26,20 @@ class Note(NamedTuple):
     context: Any
 
 
+class Histograms(NamedTuple):
+    """Where the samples of one pool name go; None for those that nobody wants."""
+
+    wait: Histogram | None
+    use: Histogram | None
+    create: Histogram | None
+    life: Histogram | None
+
+
 class Outbox:
     """
     What happened under one pool name and nobody has collected yet.
 
-    The five lists are the whole interface to the request and release paths:
+    The six lists are the whole interface to the request and release paths:
     those only ever `append`, which is atomic, so a finaliser may run them
     inside anything, and they need no lock.
     """
@@ -43,6 +52,7 @@ class Outbox:
         "_folding",
         "closes",
         "creates",
+        "lives",
         "notes",
         "uses",
         "waits",
@@ -54,6 +64,7 @@ class Outbox:
         self.uses: list[float] = []
         self.creates: list[float] = []
         self.closes: list[str] = []
+        self.lives: list[float] = []  # how long those lived that were closed
         self._checkouts: Counter[tuple[str, str | None]] = Counter()
         self._closed: Counter[str] = Counter()
         self._created = 0
@@ -64,24 +75,17 @@ class Outbox:
         return f"<Outbox [{self._waiting()} samples waiting, {self._dropped} dropped]>"
 
     def _waiting(self) -> int:
-        return len(self.waits) + len(self.notes) + len(self.uses) + len(self.creates)
+        return len(self.waits) + len(self.notes) + len(self.uses) + len(self.creates) + len(self.lives)
 
-    def deliver(self, histograms: tuple[Histogram, Histogram, Histogram], identity: Mapping[str, str | int]) -> None:
+    def deliver(self, histograms: Histograms, identity: Mapping[str, str | int]) -> None:
         """Record everything that is waiting; called inside a collection, so it is part of that export."""
-        wait, use, create = histograms
         with self._folding:
-            waits, notes, uses, creates = self._take()
-        record_all(use, uses, identity)
-        record_all(create, creates, identity)
-        record_all(wait, waits, {**identity, words.PATH: words.IDLE})
-        alike: defaultdict[tuple[str, str | None], list[float]] = defaultdict(list)
-        for note in notes:
-            if note.context is None:
-                alike[note.path, note.error].append(note.seconds)
-            else:  # by itself, so that its exemplar points at the trace that waited
-                wait.record(note.seconds, _told(identity, note.path, note.error), note.context)
-        for (path, error), samples in alike.items():
-            record_all(wait, samples, _told(identity, path, error))
+            waits, notes, uses, creates, lives = self._take()
+        for histogram, samples in ((histograms.use, uses), (histograms.create, creates), (histograms.life, lives)):
+            if histogram is not None:
+                record_all(histogram, samples, identity)
+        if histograms.wait is not None:
+            _deliver_waits(histograms.wait, waits, notes, identity)
 
     def spill(self) -> None:
         """
@@ -102,7 +106,7 @@ class Outbox:
         timeouts = sum(count for (_, error), count in checkouts.items() if error == words.TIMEOUT)
         return Tally(checkouts, timeouts, self._created, dict(self._closed), self._dropped)
 
-    def _take(self) -> tuple[list[float], list[Note], list[float], list[float]]:
+    def _take(self) -> tuple[list[float], list[Note], list[float], list[float], list[float]]:
         """Empty the lists and count what was in them."""
         waits, notes, uses, creates = _cut(self.waits), _cut(self.notes), _cut(self.uses), _cut(self.creates)
         if waits:
@@ -110,7 +114,19 @@ class Outbox:
         self._checkouts.update((note.path, note.error) for note in notes)
         self._created += len(creates)
         self._closed.update(_cut(self.closes))
-        return waits, notes, uses, creates
+        return waits, notes, uses, creates, _cut(self.lives)
+
+
+def _deliver_waits(wait: Histogram, waits: list[float], notes: list[Note], identity: Mapping[str, str | int]) -> None:
+    record_all(wait, waits, {**identity, words.PATH: words.IDLE})
+    alike: defaultdict[tuple[str, str | None], list[float]] = defaultdict(list)
+    for note in notes:
+        if note.context is None:
+            alike[note.path, note.error].append(note.seconds)
+        else:  # by itself, so that its exemplar points at the trace that waited
+            wait.record(note.seconds, _told(identity, note.path, note.error), note.context)
+    for (path, error), samples in alike.items():
+        record_all(wait, samples, _told(identity, path, error))
 
 
 def _told(identity: Mapping[str, str | int], path: str, error: str | None) -> dict[str, str | int]:

@@ -141,7 +141,7 @@ class Registry:
         if old is None:
             return
         new = self._meet(pool)
-        new.opened |= old.opened
+        new.opened.update(old.opened)
         for connection in old.connections():
             new.met(connection)
             since = old.leases.pop(id(connection), None)
@@ -177,7 +177,8 @@ def _reading(ledger: Ledger, snapshot: Snapshot, pools: int | None) -> Reading:
         snapshot=snapshot,
         tally=ledger.outbox.tally(),
         pools=pools,
-        peak=ledger.take_peak(snapshot.used or 0),
+        # Who shares a connection is not one more of them.
+        peak=ledger.take_peak(snapshot.used or 0) if snapshot.streams is None else None,
         oldest_wait=age(ledger.waiting.values(), now),
         oldest_use=age(ledger.leases.values(), now),
     )

@@ -47,7 +47,7 @@ class Spans:
         span = self._tracer.start_span(
             words.span_name(identity),
             kind=SpanKind.INTERNAL,
-            attributes={**words.attributes(identity, words.SEMCONV_POOL), words.PATH: path},
+            attributes={**words.attributes(identity, words.pool_key(identity)), words.PATH: path},
             start_time=end - int(seconds * 1e9),
         )
         if error is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from ._model import Identity, Reading
+from ._model import Identity, Load, Reading
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 
@@ -24,6 +24,12 @@ ERROR = "error.type"
 PATH = "otel_pools.checkout.path"
 REASON = "otel_pools.close.reason"
 
+# Of an HTTP pool, by origin; and of its HTTP/2 streams.
+SCHEME = "url.scheme"
+HTTP_STATE = "http.connection.state"
+ORIGIN = (SCHEME, ADDRESS, PORT)
+STREAM_STATE = "otel_pools.stream.state"
+
 # How a checkout got its connection (PATH).
 IDLE, NEW, QUEUED = "idle", "new", "queued"
 PATHS = (IDLE, NEW, QUEUED)
@@ -33,7 +39,21 @@ TIMEOUT, EXHAUSTED, CANCELLED, CONNECT_ERROR = "timeout", "exhausted", "cancelle
 
 # Why a connection was closed (REASON).
 CLOSED = "closed"  # somebody did, or nothing is known of why
-REASONS = ("recycle", "idle", "overflow", "invalidated", "pre_ping", "reset", "error", "goaway", "dispose", CLOSED)
+IDLED, EVICTED, SERVER, FAILED, GOAWAY, DISPOSE = "idle", "evicted", "server", "error", "goaway", "dispose"
+REASONS = (
+    "recycle",
+    IDLED,
+    "overflow",
+    EVICTED,
+    "invalidated",
+    "pre_ping",
+    "reset",
+    SERVER,
+    FAILED,
+    GOAWAY,
+    DISPOSE,
+    CLOSED,
+)
 
 # Seconds. The SDK's default buckets are made for milliseconds: its first bound would be 5 s.
 BUCKETS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0)
@@ -54,7 +74,7 @@ class Kind(Enum):
 
 
 Value = int | float | None
-Points = Iterable[tuple[Value, Mapping[str, str]]]
+Points = Iterable[tuple[Value, Mapping[str, str | int]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +83,7 @@ class Metric:
     One metric: what it is called, and how its points follow from a reading.
 
     Attributes:
-        keys: The attributes its points carry beside the identity.
+        keys: The attributes its points carry beside the identity, or instead of it.
         points: From a reading to (value, attributes); None for histograms, whose samples come one by one.
     """
 
@@ -163,6 +183,79 @@ DB = (
     CREATE,
 )
 
+TIME_IN_QUEUE = Metric(
+    "http.client.request.time_in_queue",
+    Kind.HISTOGRAM,
+    "s",
+    "The amount of time requests spent on a queue waiting for an available connection.",
+    keys=(PATH, ERROR),
+)
+DURATION = Metric(
+    "http.client.connection.duration",
+    Kind.HISTOGRAM,
+    "s",
+    "The duration of the successfully established outbound HTTP connections.",
+)
+
+HTTP = (
+    Metric(
+        "http.client.open_connections",
+        Kind.UP_DOWN,
+        "{connection}",
+        "Number of outbound HTTP connections that are currently active or idle on the client.",
+        lambda r: _by_origin(
+            r, lambda load: ((load.active, {HTTP_STATE: "active"}), (load.idle, {HTTP_STATE: "idle"}))
+        ),
+        (HTTP_STATE, *ORIGIN),
+    ),
+    DURATION,
+    Metric(
+        "http.client.active_requests",
+        Kind.UP_DOWN,
+        "{request}",
+        "Number of active HTTP requests.",
+        lambda r: _by_origin(r, lambda load: ((load.requests, {}),)),
+        ORIGIN,
+    ),
+    TIME_IN_QUEUE,
+    Metric(
+        "otel_pools.connection.max",
+        Kind.UP_DOWN,
+        "{connection}",
+        "The maximum number of open connections allowed.",
+        _one(lambda r: r.snapshot.max),
+    ),
+    Metric(
+        "otel_pools.connection.idle.max",
+        Kind.UP_DOWN,
+        "{connection}",
+        "The maximum number of idle open connections allowed.",
+        _one(lambda r: r.snapshot.idle_max),
+    ),
+    Metric(
+        "otel_pools.connection.pending_requests",
+        Kind.UP_DOWN,
+        "{request}",
+        "The number of requests that wait for a connection.",
+        _one(lambda r: r.snapshot.pending),
+    ),
+    Metric(
+        "otel_pools.connection.timeouts",
+        Kind.COUNTER,
+        "{timeout}",
+        "The number of requests that waited for a connection for longer than they would.",
+        _one(lambda r: r.tally.timeouts),
+    ),
+)
+
+
+def _by_origin(reading: Reading, points: Callable[[Load], Points]) -> Points:
+    for origin, load in (reading.snapshot.origins or {}).items():
+        where: dict[str, str | int] = dict(zip(ORIGIN, origin, strict=True))
+        for value, extra in points(load):
+            yield value, {**where, **extra}
+
+
 EVERY = (
     Metric(
         "otel_pools.checkouts",
@@ -216,6 +309,24 @@ EVERY = (
         _one(lambda r: r.snapshot.orphaned),
     ),
     Metric(
+        "otel_pools.stream.count",
+        Kind.UP_DOWN,
+        "{stream}",
+        "HTTP/2 streams in use, and requests that have a connection and wait for a stream of it.",
+        lambda r: (
+            (r.snapshot.streams, {STREAM_STATE: "used"}),
+            (r.snapshot.streams_pending, {STREAM_STATE: "pending"}),
+        ),
+        (STREAM_STATE,),
+    ),
+    Metric(
+        "otel_pools.stream.max",
+        Kind.UP_DOWN,
+        "{stream}",
+        "The maximum number of HTTP/2 streams that the open connections allow.",
+        _one(lambda r: r.snapshot.streams_max),
+    ),
+    Metric(
         "otel_pools.wait.oldest",
         Kind.GAUGE,
         "s",
@@ -245,7 +356,18 @@ EVERY = (
     ),
 )
 
-METRICS = (*DB, *EVERY)
+METRICS = (*DB, *HTTP, *EVERY)
+_DB, _HTTP = frozenset(row.name for row in DB), frozenset(row.name for row in HTTP)
+
+
+def foreign(identity: Identity) -> frozenset[str]:
+    """The metrics that such a pool does not have: those of databases, or those of HTTP clients."""
+    return _DB if identity.system is None else _HTTP
+
+
+def pool_key(identity: Identity) -> str:
+    """The attribute that holds the pool's name on spans."""
+    return OUR_POOL if identity.system is None else SEMCONV_POOL
 
 
 def attributes(identity: Identity, pool_key: str) -> dict[str, str | int]:

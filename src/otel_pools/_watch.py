@@ -166,7 +166,7 @@ class Watch:
         self.owners = owners  # shared by all pools: id of a connection -> whose it is
         self.members: dict[int, KeyedRef] = {}  # the connections we have met, held weakly
         self.creating: set[int] = set()  # ids of those being opened: open perhaps, but not idle
-        self.opened: set[int] = set()  # ids of those that we have seen being opened, and not closed
+        self.opened: dict[int, float] = {}  # ids of those that we have seen being opened, and not closed -> since
         self.orphans: set[int] = set()  # ids of those that were lost on their way back
         self.closed_down = False
         self._missing = 0
@@ -179,7 +179,8 @@ class Watch:
 
     def __repr__(self) -> str:
         identity, now = self.ledger.identity, self.snapshot()
-        where = f"{identity.system} at {identity.server}" if identity.server else identity.system
+        system = identity.system or identity.library
+        where = f"{system} at {identity.server}" if identity.server else system
         of = "" if now.max is None else f" of {now.max}"
         return f"<Watch {identity.name} on {where} [{now.used} used, {now.idle} idle{of} | {now.pending} waiting]>"
 
@@ -187,7 +188,8 @@ class Watch:
 
     def acquired(self, start: float, seconds: float) -> None:
         """Somebody got a connection, slowly or by a detour; the common case never comes here."""
-        self._noted(seconds, _ended(_passage.get(), start), None)
+        path = _path(_ended(_passage.get(), start))
+        self.noted(seconds, path, None, self.span(seconds, path, None) if seconds >= self.slow else None)
 
     def lent(self, ticket: int, start: float, result: Any, lease: Callable[[Any], Any]) -> None:
         """Somebody got *result*, unless a call inside this one has said so already."""
@@ -213,9 +215,18 @@ class Watch:
             seconds = clock() - start
             passage = _ended(_passage.get(), start)
             if type(error).__qualname__ in ABANDONED:
-                self.notes.append(Note(seconds, _path(passage), words.CANCELLED, None))
+                self.noted(seconds, _path(passage), words.CANCELLED, None)
             else:
-                self._noted(seconds, passage, _kind(error, passage, refusal))
+                refused = None if passage is None else passage.failed
+                self.refused(seconds, _path(passage), kind(error, refused, refusal))
+
+    def refused(self, seconds: float, path: str, error: str) -> None:
+        """Somebody got none, for this reason."""
+        self.noted(seconds, path, error, self.span(seconds, path, error))
+
+    def span(self, seconds: float, path: str, error: str | None) -> Any:
+        """Write the span of a wait that has just ended; returns the context for its exemplar."""
+        return self._spans.waited(self.ledger.identity, seconds, path, error)
 
     def returned(self, lease: Any) -> None:
         """Something came back that we had not seen go out; if it was out before we came, we know it now."""
@@ -253,7 +264,7 @@ class Watch:
 
         def ended(is_open: bool, error: BaseException | None) -> None:
             if is_open:
-                self.opened.add(id(connection))
+                self.opened[id(connection)] = clock()
             if is_open or passage.created:
                 self.created(start)
             passage.creating, passage.created, passage.failed = False, False, error
@@ -262,7 +273,9 @@ class Watch:
 
     def shut(self, key: int, reason: str) -> None:
         """A connection that may be opened again was closed, or was lost while open."""
-        self.opened.discard(key)
+        since = self.opened.pop(key, None)
+        if since is not None:
+            self.ledger.outbox.lives.append(clock() - since)
         self.closed(reason)
         passage = _passage.get()
         if passage is not None and passage.creating:
@@ -276,11 +289,8 @@ class Watch:
         """A connection was closed."""
         self.ledger.outbox.closes.append(reason)
 
-    def _noted(self, seconds: float, passage: Passage | None, error: str | None) -> None:
-        path = _path(passage)
-        context = None
-        if error is not None or seconds >= self.slow:
-            context = self._spans.waited(self.ledger.identity, seconds, path, error)
+    def noted(self, seconds: float, path: str, error: str | None, context: Any) -> None:
+        """A wait with a story."""
         self.notes.append(Note(seconds, path, error, context))
         if len(self.notes) > LIMIT:
             self.ledger.outbox.spill()
@@ -323,11 +333,11 @@ def _path(passage: Passage | None) -> str:
     return words.IDLE if passage is None else passage.path
 
 
-def _kind(error: BaseException, passage: Passage | None, refusal: Refusal) -> str:
-    """One low-cardinality word for what went wrong."""
+def kind(error: BaseException, failed: BaseException | None, refusal: Refusal) -> str:
+    """One low-cardinality word for what went wrong; *failed* is the error of opening a connection, if there was one."""
     name = type(error).__qualname__
     if name in {"CancelledError", "Cancelled"}:  # asyncio's, trio's
         return words.CANCELLED
-    if passage is not None and passage.failed is error:
+    if failed is error:
         return words.CONNECT_ERROR
     return refusal(error) or name

@@ -94,5 +94,8 @@ class Library:
 
 LIBRARIES = {
     "sqlalchemy": Library("otel_pools.targets.sqlalchemy", {"sqlalchemy": "sqlalchemy >= 1.4"}, "sqlalchemy"),
+    "httpx": Library(
+        "otel_pools.targets.httpx", {"httpcore": "httpcore >= 0.17", "httpcore2": "httpcore2 >= 2.0"}, "httpx"
+    ),
     "redis": Library("otel_pools.targets.redis", {"redis": "redis >= 5.0", "valkey": "valkey >= 6.0"}, "redis"),
 }

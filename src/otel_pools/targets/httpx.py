@@ -1,0 +1,277 @@
+"""httpx and httpx2, by the pools of httpcore and httpcore2 under them: sync and asyncio, proxies, HTTP/2."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from .. import _vocabulary as words
+from .._hooks import Row, either, make, optional
+from .._model import Identity, Load, Origin, Snapshot
+from .._visits import dial, drop, leave, visit, wait
+from . import Target
+
+if TYPE_CHECKING:
+    from .._registry import Registry
+    from .._watch import Watch
+
+LIBRARIES = ("httpcore", "httpcore2")
+PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
+
+# -- who a pool is -----------------------------------------------------------------
+
+_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_origins: WeakKeyDictionary[Any, Origin] = WeakKeyDictionary()
+
+
+def identify(pool: Any) -> Identity:
+    """By the user's name, or by where its first request went; a pool itself knows neither."""
+    given, socket = _names.get(pool), getattr(pool, "_uds", None)
+    if socket is not None:
+        return Identity("httpx", None, given, None, str(socket))
+    origin = _origins.get(pool) or next(iter(_seen(pool)), None)
+    if origin is None:
+        return Identity("httpx", None, given)
+    port = None if origin.port == PORTS.get(origin.scheme) else origin.port
+    return Identity("httpx", None, given, None, origin.address, port)
+
+
+def introduce(pool: Any, request: Any) -> None:
+    """Remember where the first request goes."""
+    _origins.setdefault(pool, _origin(request.url.origin))
+
+
+def _seen(pool: Any) -> Iterator[Origin]:
+    """Where the connections go that it has already."""
+    return (_where(connection) for connection in list(pool.connections))
+
+
+def _origin(origin: Any) -> Origin:
+    return _decoded(origin.scheme, origin.host, origin.port)
+
+
+@lru_cache(1024)
+def _decoded(scheme: bytes, host: bytes, port: int | None) -> Origin:
+    name = scheme.decode("ascii", "replace")
+    return Origin(name, host.decode("ascii", "replace"), port or PORTS.get(name, 0))
+
+
+def _where(connection: Any) -> Origin:
+    """The origin that a connection serves, behind a proxy if there is one."""
+    origin = getattr(connection, "_remote_origin", None) or getattr(connection, "_origin", None)
+    return _origin(connection._proxy_origin if origin is None else origin)
+
+
+def complete(pool: Any) -> bool:
+    """A pool that has carried nothing is called after nothing, and its limits are no news."""
+    return pool in _origins or bool(pool.connections)
+
+
+def pools_of(thing: Any) -> Iterable[Any]:
+    """The pools of a client, its own and those of its mounts, behind whatever is wrapped around its transports."""
+    found = list(_walk(thing, 5, set()))
+    if not found:
+        raise TypeError(f"neither a client nor a pool: {type(thing).__qualname__}")
+    return found
+
+
+def _walk(thing: Any, depth: int, seen: set[int]) -> Iterator[Any]:
+    """What carries requests carries them on to what does, down to what makes connections."""
+    if id(thing) in seen or depth < 0:
+        return
+    seen.add(id(thing))
+    if _carries(thing) and hasattr(type(thing), "create_connection"):
+        yield thing
+        return
+    for value in list(getattr(thing, "__dict__", {}).values()):
+        for part in list(value.values()) if isinstance(value, dict) else (value,):
+            if _carries(part) or _is_client(part):
+                yield from _walk(part, depth - 1, seen)
+
+
+def _carries(thing: Any) -> bool:
+    return hasattr(type(thing), "handle_request") or hasattr(type(thing), "handle_async_request")
+
+
+def _is_client(thing: Any) -> bool:
+    """An httpx client in the hands of another library's."""
+    return hasattr(type(thing), "build_request") and "_transport" in getattr(thing, "__dict__", ())
+
+
+def name_pool(pool: Any, name: str) -> None:
+    """Keep the user's name for as long as the pool lives."""
+    _names[pool] = name
+
+
+# -- what it says --------------------------------------------------------------------
+
+
+def read(pool: Any, _: Watch) -> Snapshot:
+    """
+    Counted from copies of its lists, without its lock; connections first, as they are there before their requests.
+
+    `has_expired` is not asked: it polls the socket.
+    """
+    open = [(connection, _inner(connection)) for connection in list(pool.connections)]
+    open = [(connection, inner) for connection, inner in open if not inner.is_closed()]
+    requests = list(pool._requests)
+    served = Counter(id(one.connection) for one in requests if one.connection is not None)
+    idle = {id(connection) for connection, inner in open if inner.is_idle()}
+    streams, waiting, most = _streams(pool, open, served)
+    return Snapshot(
+        used=len(open) - len(idle),
+        idle=len(idle),
+        max=_limit(pool._max_connections),
+        idle_max=_limit(pool._max_keepalive_connections),
+        pending=sum(one.connection is None for one in requests),
+        orphaned=sum(id(connection) not in served and id(connection) not in idle for connection, _ in open),
+        streams=streams,
+        streams_pending=waiting,
+        streams_max=most,
+        origins=_by_origin((connection for connection, _ in open), idle, requests),
+    )
+
+
+def _limit(most: int) -> int | None:
+    return None if most >= sys.maxsize else most
+
+
+def _inner(connection: Any) -> Any:
+    """What speaks the protocol, once there is one; each layer above only asks the next."""
+    while (below := getattr(connection, "_connection", None)) is not None:
+        connection = below
+    return connection
+
+
+def _streams(pool: Any, open: Iterable[tuple[Any, Any]], served: Counter[int]) -> tuple[int | None, ...]:
+    """Streams in use, requests that wait for one, and how many there may be, over the HTTP/2 connections."""
+    multiplexed = [(connection, inner) for connection, inner in open if hasattr(inner, "_events")]
+    if not multiplexed and not getattr(pool, "_http2", False):
+        return None, None, None
+    used = [len(inner._events) for _, inner in multiplexed]
+    waiting = [max(served[id(connection)] - busy, 0) for (connection, _), busy in zip(multiplexed, used, strict=True)]
+    # It has no limit before its first request.
+    return sum(used), sum(waiting), sum(getattr(inner, "_max_streams", 0) for _, inner in multiplexed)
+
+
+def _by_origin(open: Iterable[Any], idle: set[int], requests: Iterable[Any]) -> dict[Origin, Load]:
+    busy, resting, under_way = Counter[Origin](), Counter[Origin](), Counter[Origin]()
+    for connection in open:
+        (resting if id(connection) in idle else busy)[_where(connection)] += 1
+    for one in requests:
+        if one.connection is not None:
+            under_way[_origin(one.request.url.origin)] += 1
+    return {origin: Load(busy[origin], resting[origin], under_way[origin]) for origin in {*busy, *resting, *under_way}}
+
+
+def discover(registry: Registry) -> None:
+    """Find the pools that were there before us and have connections."""
+    kinds = tuple(kind for library in LIBRARIES for kind in _kinds(library))
+    for thing in gc.get_objects():
+        if issubclass(type(thing), kinds):
+            registry.sight(thing)
+
+
+def _kinds(library: str) -> Iterable[type]:
+    for name in ("ConnectionPool", "AsyncConnectionPool"):
+        kind = getattr(sys.modules.get(library), name, None)
+        if kind is not None:
+            yield kind
+
+
+# -- what happens to it ------------------------------------------------------------
+
+
+def established(connection: Any) -> bool:
+    """Whether there is a protocol spoken on it, or was."""
+    inner = _inner(connection)
+    return hasattr(inner, "_state") or hasattr(inner, "_events")
+
+
+def refusal(error: BaseException) -> str | None:
+    """There is a class for each way to get no connection."""
+    name = type(error).__name__
+    if name == "PoolTimeout":
+        return words.TIMEOUT
+    return words.CONNECT_ERROR if name in {"ConnectError", "ConnectTimeout", "ProxyError"} else None
+
+
+def why_ended(connection: Any) -> str | None:
+    """Why a connection is closed, after the server or the protocol had it so; None if it is open."""
+    if not connection.is_closed():
+        return None
+    return words.GOAWAY if getattr(_inner(connection), "_connection_terminated", None) else words.SERVER
+
+
+def why_dropped(connection: Any) -> str:
+    """
+    Why the pool closes it.
+
+    Either the whole pool is closed; or it was idle for too long; or the
+    server has closed it, which shows when its socket has something to read;
+    or it has to make room.
+    """
+    caller = sys._getframe(4)  # of `_close_connections`: the pool, or the body of an answer
+    if caller.f_code.co_name in {"close", "aclose"} and hasattr(caller.f_locals.get("self"), "create_connection"):
+        return words.DISPOSE
+    inner = _inner(connection)
+    expiry = getattr(inner, "_expire_at", None)
+    if expiry is not None and time.monotonic() > expiry:
+        return words.IDLED
+    stream = getattr(inner, "_network_stream", None)
+    readable = stream is not None and stream.get_extra_info("is_readable")
+    return words.SERVER if readable else words.EVICTED
+
+
+# -- the table -------------------------------------------------------------------------
+
+
+def _rows(library: str) -> tuple[Row, ...]:
+    return (
+        *_flavour(library, "_sync", "", "handle_request", "close"),
+        *_flavour(library, "_async", "Async", "handle_async_request", "aclose"),
+    )
+
+
+def _flavour(library: str, package: str, prefix: str, handle: str, close: str) -> Iterable[Row]:
+    room = f"{library}.{package}"
+    pools = f"{room}.connection_pool"
+    pool = f"{pools}:{prefix}ConnectionPool"
+    yield visit(f"{pool}.{handle}", introduce=introduce, established=established, refusal=refusal, ended=why_ended)
+    yield either(
+        wait(f"{pools}:{prefix}PoolRequest.wait_for_connection"),
+        wait(f"{pools}:RequestStatus.wait_for_connection"),  # up to 1.0.2
+    )
+    yield either(
+        leave(f"{pools}:PoolByteStream.{close}", request=attrgetter("_pool_request.request"), ended=why_ended),
+        leave(f"{pools}:ConnectionPoolByteStream.{close}", request=attrgetter("_status.request"), ended=why_ended),
+    )
+    yield make(f"{pool}.create_connection", parts=_itself)
+    # Proxies are pools of their own making.
+    yield optional(make(f"{room}.http_proxy:{prefix}HTTPProxy.create_connection", parts=_itself))
+    yield optional(make(f"{room}.socks_proxy:{prefix}SOCKSProxy.create_connection", parts=_itself))
+    yield dial(f"{room}.connection:{prefix}HTTPConnection._connect")
+    yield optional(drop(f"{pool}._close_connections", reason=why_dropped))  # from 1.0.3 on
+
+
+def _itself(connection: Any) -> Iterable[Any]:
+    return (connection,)
+
+
+TARGET = Target(
+    name="httpx",
+    identify=identify,
+    read=read,
+    complete=complete,
+    discover=discover,
+    pools_of=pools_of,
+    name_pool=name_pool,
+    hooks={library: _rows(library) for library in LIBRARIES},
+)
