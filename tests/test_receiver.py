@@ -76,7 +76,7 @@ def test_takes_what_the_exporter_sends(receiver, exported, compression):
     provider.get_meter("m").create_histogram("wait", explicit_bucket_boundaries_advisory=[1.0, 2.0]).record(1.5)
     provider.force_flush()
 
-    assert values(receiver) == {"hits": 3, "wait": Distribution(1, 1.5, (1.0, 2.0), (0, 1, 0))}
+    assert values(receiver) == {"hits": 3, "wait": Distribution(1, 1.5, (1.0, 2.0), (0, 1, 0), 1.5)}
 
 
 def test_keeps_two_points_of_a_series(receiver, exported):
@@ -102,7 +102,7 @@ def test_adds_deltas_up(receiver, exported):
         wait.record(0.5)
         provider.force_flush()
 
-    assert values(receiver) == {"hits": 6, "wait": Distribution(3, 1.5, (1.0,), (3, 0))}
+    assert values(receiver) == {"hits": 6, "wait": Distribution(3, 1.5, (1.0,), (3, 0), 0.5)}
 
 
 def test_keeps_processes_apart(receiver, exported):
@@ -243,6 +243,17 @@ def test_survives_clients_that_leave(receiver, capfd):
 
 
 # -- distributions -----------------------------------------------------------------------
+
+
+def test_no_quantile_is_above_the_highest_value():
+    """A bucket that is wide is no wider than to the highest value, and so is the last one."""
+    waits = Distribution(4, 4.1, (1.0, 5.0), (0, 4, 0), 1.1)
+    beyond = Distribution(2, 14.0, (1.0, 5.0), (0, 0, 2), 9.0)
+
+    assert waits.quantile(0.5) == pytest.approx(1.05)
+    assert beyond.quantile(1.0) == 9.0
+    assert (waits + beyond).max == 9.0
+
 
 HALVES = Distribution(4, 4.0, (1.0, 2.0), (2, 2, 0))
 

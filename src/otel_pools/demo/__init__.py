@@ -1,1 +1,1 @@
-"""A real PostgreSQL, a small load that exhausts its pool, and a table that shows it: `otel-pools demo`."""
+"""A real PostgreSQL and a real Valkey, a small load that exhausts their pools, and a table: `otel-pools demo`."""

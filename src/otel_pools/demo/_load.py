@@ -1,4 +1,4 @@
-"""The application of the demo: some traffic, then more than the pool can serve, then calm; knows nothing of us."""
+"""The application of the demo: some traffic, then more than its pools can serve, then calm; knows nothing of us."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from opentelemetry import trace
+from redis import ConnectionError as RedisConnectionError
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from sqlalchemy import text
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-# Where the URL is handed over: it holds a password, and arguments can be read by everybody.
+# Where the URLs are handed over: one holds a password, and arguments can be read by everybody.
 URL = "OTEL_POOLS_DEMO_URL"
+VALKEY_URL = "OTEL_POOLS_DEMO_VALKEY_URL"
 
 SIZE, OVERFLOW = 5, 3
-SHOPPERS = 3  # one at a time is no traffic, and less than SIZE is no strain
-CROWD = 16  # twice what the pool can open
+SESSIONS = 4
+CACHE = 32
+SHOPPERS = 3  # one at a time is no traffic, and less than SESSIONS is no strain
+CROWD = 16  # twice what the database's pool can open, and half of the cache's
 # In shares of a cycle. A query of the burst outlasts the timeout, so that those who queue behind it see the timeout.
 TIMEOUT, SLOW_QUERY = 1 / 15, 1.5 / 15
 CALM_QUERY, PAUSE = 0.01, 0.05  # seconds
@@ -43,43 +48,92 @@ class Phase:
 def phases(cycle: float) -> tuple[Phase, ...]:
     """The three thirds of a cycle of so many seconds."""
     slow, timeout = cycle * SLOW_QUERY, cycle * TIMEOUT
-    most = SIZE + OVERFLOW
+    burst = (
+        f"{CROWD} ask, {SIZE + OVERFLOW} get a connection to the database and {SESSIONS} to their sessions,"
+        f" for {slow:.1f} s; timeout {timeout:.1f} s"
+    )
     return (
-        Phase("steady", f"{SHOPPERS} shoppers, quick queries, a pool of {SIZE}", SHOPPERS, CALM_QUERY),
-        Phase("burst", f"{CROWD} ask, {most} get, queries of {slow:.1f} s, timeout {timeout:.1f} s", CROWD, slow),
+        Phase("steady", f"{SHOPPERS} shoppers, quick queries, pools of {SIZE} and {SESSIONS}", SHOPPERS, CALM_QUERY),
+        Phase("burst", burst, CROWD, slow),
         Phase("recovery", f"the crowd is gone, {SHOPPERS} shoppers remain", SHOPPERS, CALM_QUERY),
     )
 
 
-async def shop(engine: AsyncEngine, seconds: float) -> None:
-    """One request: a query that takes so many seconds; a pool that is exhausted is an answer too."""
-    with tracer.start_as_current_span("GET /orders"), contextlib.suppress(PoolTimeout):
-        async with engine.connect() as connection:
+@dataclass(frozen=True)
+class Stores:
+    """What a request needs: the database, and the same Valkey through two pools."""
+
+    database: AsyncEngine
+    sessions: Redis
+    cache: Redis
+
+
+@contextlib.asynccontextmanager
+async def stores(url: str, valkey_url: str, timeout: float) -> AsyncIterator[Stores]:
+    """Open them, with so many seconds to wait for a connection; close them in the end."""
+    engine = create_async_engine(url, pool_size=SIZE, max_overflow=OVERFLOW, pool_timeout=timeout)
+    # A client's name is what the server calls its connections, and what tells the two pools apart.
+    sessions = BlockingConnectionPool.from_url(
+        valkey_url,
+        client_name="sessions",
+        max_connections=SESSIONS,
+        timeout=timeout,
+        socket_timeout=None,  # the answer comes with the lock
+    )
+    cache = ConnectionPool.from_url(valkey_url, client_name="cache", max_connections=CACHE)
+    try:
+        yield Stores(engine, Redis(connection_pool=sessions), Redis(connection_pool=cache))
+    finally:
+        await engine.dispose()
+        await sessions.disconnect()
+        await cache.disconnect()
+
+
+async def shop(opened: Stores, seconds: float) -> None:
+    """One request: a look into the cache, session and orders at once, and the page into the cache."""
+    with tracer.start_as_current_span("GET /orders"):
+        await opened.cache.get("prices")
+        # One after the other, the smaller pool would keep the crowd from the other.
+        await asyncio.gather(session(opened.sessions, seconds), orders(opened.database, seconds))
+        await opened.cache.set("page", "...")
+
+
+async def orders(database: AsyncEngine, seconds: float) -> None:
+    """A query that takes so many seconds; a pool that is exhausted is an answer too."""
+    with contextlib.suppress(PoolTimeout):
+        async with database.connect() as connection:
             await connection.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": seconds})
 
 
-async def visit(engine: AsyncEngine, phase: Phase, until: float) -> None:
+async def session(sessions: Redis, seconds: float) -> None:
+    """A wait of so many seconds for the lock on a session, which takes a connection; as with the database."""
+    try:
+        await sessions.blpop(["lock"], timeout=seconds)
+    except RedisConnectionError as error:
+        # An answer too; it has the class of a lost connection.
+        if str(error) != "No connection available.":
+            raise
+
+
+async def visit(opened: Stores, phase: Phase, until: float) -> None:
     """One worker: request after request, while the phase lasts."""
     now = asyncio.get_running_loop().time
     while now() < until:
-        await shop(engine, phase.query)
+        await shop(opened, phase.query)
         await asyncio.sleep(PAUSE * random.random())
 
 
-async def run(url: str, cycle: float, cycles: int, tell: Callable[[Phase], None]) -> None:
-    """So many cycles, or without end if 0; *tell* hears of each phase as it begins."""
-    engine = create_async_engine(url, pool_size=SIZE, max_overflow=OVERFLOW, pool_timeout=cycle * TIMEOUT)
+async def run(urls: tuple[str, str], cycle: float, cycles: int, tell: Callable[[Phase], None]) -> None:
+    """So many cycles on the database and the Valkey, or without end if 0; *tell* hears of each phase as it begins."""
     now = asyncio.get_running_loop().time
-    try:
+    async with stores(*urls, timeout=cycle * TIMEOUT) as opened:
         done = 0
         while not cycles or done < cycles:
             for phase in phases(cycle):
                 tell(phase)
                 until = now() + cycle / 3
-                await asyncio.gather(*(visit(engine, phase, until) for _ in range(phase.workers)))
+                await asyncio.gather(*(visit(opened, phase, until) for _ in range(phase.workers)))
             done += 1
-    finally:
-        await engine.dispose()
 
 
 async def unless_stopped(work: Awaitable[None]) -> None:
@@ -112,7 +166,8 @@ def main() -> None:
     parser.add_argument("--cycle", type=float, default=15.0, help="seconds of one cycle")
     parser.add_argument("--cycles", type=int, default=0, help="how many; 0 is without end")
     chosen = parser.parse_args()
-    asyncio.run(unless_stopped(run(os.environ[URL], chosen.cycle, chosen.cycles, tell)))
+    urls = os.environ[URL], os.environ[VALKEY_URL]
+    asyncio.run(unless_stopped(run(urls, chosen.cycle, chosen.cycles, tell)))
 
 
 if __name__ == "__main__":

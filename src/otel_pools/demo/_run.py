@@ -1,4 +1,4 @@
-"""The demo itself: starts the server, the receiver and the load, shows the table, and leaves nothing behind."""
+"""The demo itself: starts the servers, the receiver and the load, shows the table, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from .._receiver import Receiver
 from .._screen import LiveScreen, PlainScreen, PoolRow, Status, rows
 from . import _load
 from ._postgres import Postgres, PostgresStartError
+from ._valkey import Valkey, ValkeyStartError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-DATABASE = "shop"  # which also names the pool
+DATABASE = "shop"  # which also names its pool
 SERVICE = "otel-pools-demo"
 PATIENCE = 20.0  # seconds until the first metric must have come; it takes two
 STOP_SECONDS = 10.0
@@ -117,7 +118,7 @@ class Load:
         since: When it began its traffic, on the monotonic clock; None before.
     """
 
-    def __init__(self, url: str, environ: Mapping[str, str], cycle: float, cycles: int) -> None:
+    def __init__(self, url: str, valkey_url: str, environ: Mapping[str, str], cycle: float, cycles: int) -> None:
         self.phase = "starting"
         self.since: float | None = None
         # It has no name, so it cannot be left behind.
@@ -125,7 +126,7 @@ class Load:
         # By its path: as a module of ours it would import us, and loading us is the command's business.
         self._process = subprocess.Popen(
             [*_instrumented(), sys.executable, _load.__file__, f"--cycle={cycle:g}", f"--cycles={cycles}"],
-            env={**environ, _load.URL: url},
+            env={**environ, _load.URL: url, _load.VALKEY_URL: valkey_url},
             stdin=subprocess.PIPE,  # its end tells the load that we are gone, however we went
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -320,7 +321,7 @@ def run(seconds: float | None, cycle: float, out: TextIO) -> int:
                 if play is not None:
                     play.watch(wish, seconds)
                     play.finish(wish)
-        except (DemoError, PostgresStartError) as error:
+        except (DemoError, PostgresStartError, ValkeyStartError) as error:
             print(f"otel-pools demo: {error}", file=sys.stderr)
             return 1
         return wish.status
@@ -330,11 +331,12 @@ def _set_up(stack: ExitStack, wish: Wish, cycle: float, cycles: int, out: TextIO
     """Everything in its order, so that it ends in the other; None if by then nobody wants it any more."""
     target = elsewhere(os.environ)
     receiver = stack.enter_context(Receiver() if target is None else nullcontext())
+    valkey = stack.enter_context(Valkey())
     postgres = stack.enter_context(Postgres(DATABASE))
     if wish.signal is not None:
         return None
     environ = environment(os.environ, receiver.endpoint if receiver else None)
-    load = stack.enter_context(Load(postgres.url("asyncpg"), environ, cycle, cycles))
+    load = stack.enter_context(Load(postgres.url("asyncpg"), valkey.url(), environ, cycle, cycles))
     screen = LiveScreen(out) if out.isatty() else PlainScreen(out)
     stack.callback(screen.close)
     return Play(load, receiver, _safe(target) or (receiver.endpoint if receiver else ""), screen)

@@ -282,11 +282,16 @@ def refusal(error: BaseException) -> str | None:
     return words.TIMEOUT if said == "No connection available." else None
 
 
+def empty(pool: Any) -> bool:
+    """Whether the queue of a blocking pool has neither a connection nor room for one."""
+    return not getattr(pool.pool, "queue", True)
+
+
 def crowded(pool: Any) -> bool:
-    """Whether a blocking pool has neither a free connection nor room for one."""
+    """Whether a blocking asyncio pool has neither a free connection nor room for one."""
     line = _line(pool)
     if line is not None:
-        return not getattr(line, "queue", None) and not getattr(line, "_queue", None)
+        return not getattr(line, "_queue", True)
     return not pool._available_connections and len(pool._in_use_connections) >= pool.max_connections
 
 
@@ -518,7 +523,7 @@ def _rows(library: str) -> tuple[Row, ...]:
 
     return (
         asks(pool, None),
-        asks(blocking, crowded),
+        asks(blocking, empty),
         asks(f"{aio}:ConnectionPool", locked),
         asks(f"{aio}:BlockingConnectionPool", crowded),
         take_back(f"{pool}.release", out=_out),
