@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # An attribute of the request, which is made for one call; never an entry of its extensions, which callers share.
 KEY = "_otel_pools_visit"
+IDLE = words.IDLE
 
 
 class Visit:
@@ -27,53 +28,45 @@ class Visit:
     any more, and nobody waits.
     """
 
-    __slots__ = (
-        "connecting",
-        "connection",
-        "context",
-        "path",
-        "refused",
-        "since",
-        "start",
-        "ticket",
-        "waited",
-        "watch",
-    )
+    # What most visits never change stands in the class: it need not be set for each.
+    path = IDLE
+    waited = 0.0
+    connecting = 0.0
+    connection: Any = None
+    refused: BaseException | None = None
+    context: Any = None
+    since = 0.0
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
-        self.path = words.IDLE
-        self.waited = 0.0
-        self.connecting = 0.0
-        self.connection: Any = None
-        self.refused: BaseException | None = None
-        self.context: Any = None
-        self.since = 0.0
-        self.ticket = next(tickets)
-        self.start = watch.waiting[self.ticket] = clock()
+        self.ticket = ticket = next(tickets)
+        watch.waiting[ticket] = self.start = clock()
 
     def __repr__(self) -> str:
         return f"<Visit of {self.watch.ledger.identity.name}, {'served' if self.since else 'waiting'}, {self.path}>"
 
     def __del__(self) -> None:
-        self.watch.waiting.pop(self.ticket, None)
-        self.watch.leases.pop(id(self), None)
+        if self.connection is not None or not self.since:
+            self.watch.waiting.pop(self.ticket, None)
+            self.watch.leases.pop(id(self), None)
 
     def queued(self, seconds: float) -> None:
         """It stood in line for so long; the pool may send it there more than once."""
         self.path = words.QUEUED
         self.waited += seconds
 
-    def assigned(self, connection: Any) -> None:
+    def served(self) -> None:
         """It has a connection, or may open one."""
         watch = self.watch
-        self.connection = connection
-        watch.waiting.pop(self.ticket, None)
         if not self.since:
-            self.since = watch.leases[id(self)] = clock()
-            if len(watch.leases) > watch.ledger.peak:
-                watch.ledger.peak = len(watch.leases)
-        if self.waited >= watch.slow and self.context is None:
+            watch.waiting.pop(self.ticket, None)
+            leases = watch.leases
+            leases[id(self)] = self.since = clock()
+            if len(leases) > watch.ledger.peak:
+                watch.ledger.peak = len(leases)
+            if len(watch.waits) > LIMIT:
+                watch.ledger.outbox.spill()
+        if self.waited and self.waited >= watch.slow and self.context is None:
             # Now, as the answer may take its time: a span is back-dated from when it is written.
             self.context = watch.span(self.waited, self.path, None)
 
@@ -86,28 +79,27 @@ class Visit:
     def could_not_open(self, error: BaseException) -> None:
         """It tried to open its connection."""
         self.refused = error
-        if self.path == words.IDLE:
+        if self.path == IDLE:
             self.path = words.NEW
 
     def _open(self) -> None:
-        if self.path == words.IDLE:
+        if self.path == IDLE:
             self.path = words.NEW
         self.watch.opened[id(self.connection)] = clock()
 
     def answered(self) -> None:
         """It got its connection, whatever comes of it."""
-        watch, connection = self.watch, self.connection
-        if id(connection) not in watch.opened and id(connection) in watch.members and not self.connecting:
+        watch, key = self.watch, id(self.connection)
+        if key not in watch.opened and key in watch.members and not self.connecting:
             # Opened behind a proxy, where we cannot see how.
             self._open()
             watch.ledger.outbox.creates.append(0.0)
+        if self.path is IDLE:
+            watch.waits.append(0.0)
+            return
+        # An HTTP client's queue is one thing and connecting another; a database's wait is both.
         seconds = self.waited if watch.ledger.identity.system is None else self.waited + self.connecting
-        if self.path == words.IDLE:
-            watch.waits.append(seconds)
-            if len(watch.waits) > LIMIT:
-                watch.ledger.outbox.spill()
-        else:
-            watch.noted(seconds, self.path, None, self.context)
+        watch.noted(seconds, self.path, None, self.context)
 
     def failed(self, error: BaseException, established: Pick, refusal: Refusal) -> None:
         """It got no answer; perhaps not even a connection."""
@@ -127,7 +119,7 @@ class Visit:
             watch.refused(seconds, self.path, kind(error, self.refused, refusal))
 
     def left(self) -> None:
-        """Its response is closed, or there will be none."""
+        """There will be no response to close."""
         if self.since and self.watch.leases.pop(id(self), None) is not None:
             self.watch.uses.append(clock() - self.since)
         self.connection = None
@@ -153,26 +145,16 @@ def visit(
     """
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
-        def arrive(pool: Any, request: Any) -> Visit | None:
+        def meet(pool: Any, request: Any) -> Watch | None:
             try:
-                watch = registry.watches.get(id(pool))
-                if watch is None:
-                    introduce(pool, request)
-                    watch = registry.meet(pool)
-                if watch is None:
-                    return None
-                arrived = Visit(watch)
-                setattr(request, KEY, arrived)
+                introduce(pool, request)
+                return registry.meet(pool)
             except Exception as mistake:
-                lost_quietly("a request", mistake)
+                lost_quietly("a new pool", mistake)
                 return None
-            return arrived
 
-        def answer(arrived: Visit, error: BaseException | None) -> None:
+        def failed(arrived: Visit, error: BaseException) -> None:
             try:
-                if error is None:
-                    arrived.answered()
-                    return
                 connection = arrived.connection
                 arrived.failed(error, established, refusal)
                 _closed(arrived.watch, connection, ended, words.FAILED)
@@ -180,45 +162,72 @@ def visit(
                 lost_quietly("a request", mistake)
 
         twin = _async_handle if inspect.iscoroutinefunction(original) else _handle
-        return twin(original, arrive, answer)
+        return twin(original, registry.watches.get, meet, failed)
 
     return Hook("acquire", where, compile)
 
 
-Arrive = Callable[[Any, Any], Visit | None]
-Answer = Callable[[Visit, BaseException | None], None]
+Find = Callable[[int], Watch | None]
+Meet = Callable[[Any, Any], Watch | None]
+Failed = Callable[[Visit, BaseException], None]
 
 
-def _handle(original: Callable[..., Any], arrive: Arrive, answer: Answer) -> Callable[..., Any]:
+# In these, the common case stands where it happens: a call would cost as much as any of its lines.
+
+
+def _handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed) -> Callable[..., Any]:
     def handle(pool: Any, request: Any) -> Any:
-        arrived = arrive(pool, request)
-        if arrived is None:
+        watch = find(id(pool)) or meet(pool, request)
+        if watch is None:
+            return original(pool, request)
+        try:
+            request._otel_pools_visit = arrived = Visit(watch)
+        except Exception as mistake:
+            lost_quietly("a request", mistake)
             return original(pool, request)
         try:
             response = original(pool, request)
         except BaseException as error:
-            answer(arrived, error)
+            failed(arrived, error)
             raise
-        answer(arrived, None)
+        if arrived.path is IDLE and id(arrived.connection) in watch.opened:
+            watch.waits.append(0.0)
+        else:
+            _answered(arrived)
         return response
 
     return handle
 
 
-def _async_handle(original: Callable[..., Any], arrive: Arrive, answer: Answer) -> Callable[..., Any]:
+def _async_handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed) -> Callable[..., Any]:
     async def handle(pool: Any, request: Any) -> Any:
-        arrived = arrive(pool, request)
-        if arrived is None:
+        watch = find(id(pool)) or meet(pool, request)
+        if watch is None:
+            return await original(pool, request)
+        try:
+            request._otel_pools_visit = arrived = Visit(watch)
+        except Exception as mistake:
+            lost_quietly("a request", mistake)
             return await original(pool, request)
         try:
             response = await original(pool, request)
         except BaseException as error:
-            answer(arrived, error)
+            failed(arrived, error)
             raise
-        answer(arrived, None)
+        if arrived.path is IDLE and id(arrived.connection) in watch.opened:
+            watch.waits.append(0.0)
+        else:
+            _answered(arrived)
         return response
 
     return handle
+
+
+def _answered(arrived: Visit) -> None:
+    try:
+        arrived.answered()
+    except Exception as mistake:
+        lost_quietly("a request", mistake)
 
 
 def _closed(watch: Watch, connection: Any, ended: Pick, otherwise: str | None = None) -> None:
@@ -231,40 +240,69 @@ def wait(where: str) -> Hook:
     """A call on a request's place in line, which returns with its connection."""
 
     def compile(original: Callable[..., Any], _: Registry) -> Callable[..., Any]:
-        def line_up(place: Any, *args: Any, **kwargs: Any) -> Any:
-            arrived = _of(place.request)
-            if arrived is None:
-                return original(place, *args, **kwargs)
-            start = None if place.connection is not None else clock()
-            try:
-                connection = original(place, *args, **kwargs)
-            finally:
-                if start is not None:
-                    arrived.queued(clock() - start)
-            _assign(arrived, connection)
-            return connection
-
-        async def async_line_up(place: Any, *args: Any, **kwargs: Any) -> Any:
-            arrived = _of(place.request)
-            if arrived is None:
-                return await original(place, *args, **kwargs)
-            start = None if place.connection is not None else clock()
-            try:
-                connection = await original(place, *args, **kwargs)
-            finally:
-                if start is not None:
-                    arrived.queued(clock() - start)
-            _assign(arrived, connection)
-            return connection
-
-        return async_line_up if inspect.iscoroutinefunction(original) else line_up
+        return _async_line_up(original) if inspect.iscoroutinefunction(original) else _line_up(original)
 
     return Hook("queue", where, compile)
 
 
-def _assign(arrived: Visit, connection: Any) -> None:
+def _line_up(original: Callable[..., Any]) -> Callable[..., Any]:
+    def line_up(place: Any, *args: Any, **kwargs: Any) -> Any:
+        arrived = getattr(place.request, KEY, None)
+        if arrived is None or place.connection is None:
+            return stand_in_line(arrived, place, *args, **kwargs)
+        arrived.connection = connection = original(place, *args, **kwargs)
+        if not arrived.since:
+            _served(arrived)
+        return connection
+
+    def stand_in_line(arrived: Visit | None, place: Any, *args: Any, **kwargs: Any) -> Any:
+        if arrived is None:
+            return original(place, *args, **kwargs)
+        start = clock()
+        try:
+            arrived.connection = connection = original(place, *args, **kwargs)
+        finally:
+            _queued(arrived, clock() - start)
+        _served(arrived)
+        return connection
+
+    return line_up
+
+
+def _async_line_up(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def line_up(place: Any, *args: Any, **kwargs: Any) -> Any:
+        arrived = getattr(place.request, KEY, None)
+        if arrived is None or place.connection is None:
+            return await stand_in_line(arrived, place, *args, **kwargs)
+        arrived.connection = connection = await original(place, *args, **kwargs)
+        if not arrived.since:
+            _served(arrived)
+        return connection
+
+    async def stand_in_line(arrived: Visit | None, place: Any, *args: Any, **kwargs: Any) -> Any:
+        if arrived is None:
+            return await original(place, *args, **kwargs)
+        start = clock()
+        try:
+            arrived.connection = connection = await original(place, *args, **kwargs)
+        finally:
+            _queued(arrived, clock() - start)
+        _served(arrived)
+        return connection
+
+    return line_up
+
+
+def _queued(arrived: Visit, seconds: float) -> None:
     try:
-        arrived.assigned(connection)
+        arrived.queued(seconds)
+    except Exception as mistake:
+        lost_quietly("a queue", mistake)
+
+
+def _served(arrived: Visit) -> None:
+    try:
+        arrived.served()
     except Exception as mistake:
         lost_quietly("a connection", mistake)
 
@@ -315,31 +353,50 @@ def leave(where: str, *, request: Pick, ended: Pick) -> Hook:
     """
 
     def compile(original: Callable[..., Any], _: Registry) -> Callable[..., Any]:
-        def done(body: Any) -> None:
+        close = _async_close if inspect.iscoroutinefunction(original) else _close
+        return close(original, request, ended)
+
+    return Hook("release", where, compile)
+
+
+def _close(original: Callable[..., Any], request: Pick, ended: Pick) -> Callable[..., Any]:
+    def close(body: Any) -> Any:
+        try:
+            return original(body)
+        finally:
             try:
-                arrived = _of(request(body))
-                if arrived is not None:
-                    connection = arrived.connection
-                    arrived.left()
-                    _closed(arrived.watch, connection, ended)
+                arrived = request(body).__dict__.get(KEY)
+                if arrived is not None and (connection := arrived.connection) is not None:
+                    watch = arrived.watch
+                    if watch.leases.pop(id(arrived), None) is not None:
+                        watch.uses.append(clock() - arrived.since)
+                    arrived.connection = None
+                    if id(connection) in watch.opened and connection.is_closed():
+                        _closed(watch, connection, ended)
             except Exception as mistake:
                 lost_quietly("the end of an answer", mistake)
 
-        def close(body: Any) -> Any:
+    return close
+
+
+def _async_close(original: Callable[..., Any], request: Pick, ended: Pick) -> Callable[..., Any]:
+    async def close(body: Any) -> Any:
+        try:
+            return await original(body)
+        finally:
             try:
-                return original(body)
-            finally:
-                done(body)
+                arrived = request(body).__dict__.get(KEY)
+                if arrived is not None and (connection := arrived.connection) is not None:
+                    watch = arrived.watch
+                    if watch.leases.pop(id(arrived), None) is not None:
+                        watch.uses.append(clock() - arrived.since)
+                    arrived.connection = None
+                    if id(connection) in watch.opened and connection.is_closed():
+                        _closed(watch, connection, ended)
+            except Exception as mistake:
+                lost_quietly("the end of an answer", mistake)
 
-        async def async_close(body: Any) -> Any:
-            try:
-                return await original(body)
-            finally:
-                done(body)
-
-        return async_close if inspect.iscoroutinefunction(original) else close
-
-    return Hook("release", where, compile)
+    return close
 
 
 def drop(where: str, *, reason: Pick) -> Hook:
