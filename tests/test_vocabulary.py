@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from opentelemetry.semconv._incubating.metrics import db_metrics
+from opentelemetry.semconv._incubating.metrics import db_metrics, http_metrics
 
 from otel_pools import _vocabulary as words
-from otel_pools._model import Identity, Reading, Snapshot, Tally
+from otel_pools._model import Identity, Load, Origin, Reading, Snapshot, Tally
 
 README = Path(__file__).parent.parent / "README.md"
 CREATORS = {
@@ -22,6 +22,9 @@ CREATORS = {
     "db.client.connection.wait_time": db_metrics.create_db_client_connection_wait_time,
     "db.client.connection.use_time": db_metrics.create_db_client_connection_use_time,
     "db.client.connection.create_time": db_metrics.create_db_client_connection_create_time,
+    "http.client.open_connections": http_metrics.create_http_client_open_connections,
+    "http.client.active_requests": http_metrics.create_http_client_active_requests,
+    "http.client.connection.duration": http_metrics.create_http_client_connection_duration,
 }
 
 
@@ -32,8 +35,10 @@ class Meter:
         return lambda **asked: (method, asked)
 
 
-@pytest.mark.parametrize("row", words.DB, ids=lambda row: row.name)
-def test_the_db_column_is_the_conventions(row):
+@pytest.mark.parametrize(
+    "row", [row for row in (*words.DB, *words.HTTP) if row.name in CREATORS], ids=lambda row: row.name
+)
+def test_what_the_conventions_have_is_theirs(row):
     """Name, unit, description and kind are those of the semantic conventions package."""
     method, asked = CREATORS[row.name](Meter())
 
@@ -49,7 +54,22 @@ def test_the_db_column_is_the_conventions(row):
     )
 
 
-@pytest.mark.parametrize("row", words.EVERY, ids=lambda row: row.name)
+def test_nothing_else_has_a_name_of_the_conventions():
+    """Of the names without our prefix only one is not the conventions': .NET's for the time in the queue."""
+    others = {row.name for row in words.METRICS if not row.name.startswith("otel_pools.")} - set(CREATORS)
+
+    assert others == {"http.client.request.time_in_queue"}
+
+
+def test_a_pool_has_one_column():
+    """A database's pool has no HTTP metrics, and an HTTP client's none of a database."""
+    assert words.foreign(Identity("lib", "redis")) == {row.name for row in words.HTTP}
+    assert words.foreign(Identity("lib")) == {row.name for row in words.DB}
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in words.METRICS if row.name.startswith("otel_pools.")], ids=lambda row: row.name
+)
 def test_our_own_have_our_prefix(row):
     """What the conventions do not have is ours: prefixed, counted in braces, and no gauge of unit 1."""
     assert row.name.startswith("otel_pools.")
@@ -72,7 +92,7 @@ def test_the_readme_has_the_row(row):
 
 def test_the_readme_has_no_other_metric():
     """Every name in the README's tables of metrics exists."""
-    named = re.findall(r"^\| `((?:db|otel_pools)\.[a-z_.]+)` \| [A-Z]", README.read_text(), re.MULTILINE)
+    named = re.findall(r"^\| `((?:db|http|otel_pools)\.[a-z_.]+)` \| [A-Z]", README.read_text(), re.MULTILINE)
 
     assert sorted(named) == sorted(row.name for row in words.METRICS)
 
@@ -81,7 +101,8 @@ def test_the_readme_has_no_other_metric():
 def test_points_carry_only_their_keys(row):
     """The attributes of a row's points are among those it declares."""
     tally = Tally({("new", "timeout"): 1}, 1, 1, {"recycle": 1}, 1)
-    reading = Reading(Snapshot(1, 1, 1, 1, 1, 1, 1, 1, 1), tally, 1, 1, 1.0, 1.0)
+    snapshot = Snapshot(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, {Origin("https", "api", 443): Load(1, 1, 1)})
+    reading = Reading(snapshot, tally, 1, 1, 1.0, 1.0)
 
     points = list(row.points(reading))
 
@@ -119,3 +140,11 @@ def test_unknown_is_left_out():
 def test_snapshots_add_up():
     """Two pools together: numbers add, and a number only one can tell is that one's."""
     assert Snapshot(used=1, idle=2) + Snapshot(used=3, max=5) == Snapshot(used=4, idle=2, max=5)
+
+
+def test_origins_add_up():
+    """Two HTTP pools together have the connections and requests of both, by origin."""
+    here, there = Origin("https", "here", 443), Origin("https", "there", 443)
+    both = Snapshot(origins={here: Load(1, 2, 3)}) + Snapshot(origins={here: Load(1, 0, 1), there: Load(0, 1, 0)})
+
+    assert both.origins == {here: Load(2, 2, 4), there: Load(0, 1, 0)}
