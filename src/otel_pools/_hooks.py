@@ -165,9 +165,11 @@ def acquire(
             lost_quietly("a queue", mistake)
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
-        twin = _async_checkout if inspect.iscoroutinefunction(original) else _checkout
+        plain = bare(original)
+        # Asked of what is inside: redis-py 5.3 to 7.1 wrap a coroutine function in a plain one.
+        twin = _async_checkout if inspect.iscoroutinefunction(plain) else _checkout
         line = stand_in_line if crowded is not None else None
-        return twin(original, registry, plain=bare(original), lease=lease, refusal=refusal, stand_in_line=line)
+        return twin(original, registry, plain=plain, lease=lease, refusal=refusal, stand_in_line=line)
 
     return Hook("acquire", where, compile)
 
@@ -440,7 +442,7 @@ def close(where: str, *, reason: Callable[[], str]) -> Hook:
 
 
 def make(where: str, *, parts: Pick) -> Hook:
-    """A call on a pool that makes a connection, still closed; *parts* are the objects that open and close it."""
+    """A call on a pool whose result may be a new connection; *parts* are the objects that open and close it."""
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
         def made(pool: Any, *args: Any, **kwargs: Any) -> Any:
@@ -449,7 +451,8 @@ def make(where: str, *, parts: Pick) -> Hook:
                 watch = registry.find(pool)
                 if watch is not None:
                     for part in parts(connection):
-                        watch.met(part)
+                        if id(part) not in watch.members:
+                            watch.met(part)
             return connection
 
         return made
@@ -516,7 +519,9 @@ def disconnect(where: str, *, is_open: Pick, reason: Callable[[], str]) -> Hook:
 
         def shut(connection: Any) -> None:
             try:
-                if is_open(connection) and (watch := owners.get(id(connection))) is not None:
+                watch = owners.get(id(connection)) if is_open(connection) else None
+                # It takes an asyncio connection a moment to be closed, in which it may be told to twice.
+                if watch is not None and watch.has_open(connection):
                     watch.shut(id(connection), reason())
             except Exception as mistake:
                 lost_quietly("a close", mistake)

@@ -97,8 +97,10 @@ class Registry:
         watch = Watch(ref, self._ledger(pool), self.target.read, self._spans, self.owners)
         watch = self.watches.setdefault(key, watch)
         self.sighted.pop(key, None)
-        for connection in self.target.members(pool):
+        for connection, is_open in self.target.members(pool):
             watch.met(connection)
+            if is_open:
+                watch.opened.add(id(connection))
         return watch
 
     def _ledger(self, pool: Any) -> Ledger:

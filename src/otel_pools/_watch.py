@@ -260,6 +260,11 @@ class Watch:
 
         return ended
 
+    def has_open(self, connection: Any) -> bool:
+        """Whether we have seen *connection* being opened and not closed, or it is being opened."""
+        passage = _passage.get()
+        return id(connection) in self.opened or (passage is not None and passage.creating and not passage.created)
+
     def shut(self, key: int, reason: str) -> None:
         """A connection that may be opened again was closed, or was lost while open."""
         self.opened.discard(key)

@@ -8,6 +8,7 @@ import importlib
 import inspect
 from importlib.metadata import version
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
@@ -168,6 +169,9 @@ def test_what_has_no_pool_cannot_be_named(thing):
 
 # -- what it says -------------------------------------------------------------------
 
+# Our record of a pool that nobody has asked for anything.
+UNUSED = SimpleNamespace(leases={}, owners={}, waiting={})
+
 
 @pytest.mark.parametrize(("given", "told"), [(2**31, None), (7, 7)])
 def test_no_limit_is_not_told(library, given, told):
@@ -181,7 +185,7 @@ def test_a_pool_of_an_older_fork_has_nothing(library):
     pool._in_use_connections.add(object())
     pool.pid += 1
 
-    now = redis_target.read(pool, None)
+    now = redis_target.read(pool, UNUSED)
 
     assert (now.used, now.idle, now.max) == (0, 0, 3)
 
@@ -191,7 +195,7 @@ def test_a_queue_that_cannot_tell_leaves_pending_out(library):
     pool = library.BlockingConnectionPool(max_connections=2)
     del pool.pool.not_empty._waiters
 
-    now = redis_target.read(pool, None)
+    now = redis_target.read(pool, UNUSED)
 
     assert (now.pending, now.used, now.max) == (None, 0, 2)
 
@@ -353,7 +357,7 @@ def test_we_defer_to_native_metrics(native, valkey, telemetry, caplog):
     assert {COUNT, CREATE, WAIT} <= theirs(telemetry)
     assert [ours(telemetry, f"db.client.connection.{name}") for name in ("max", "use_time")] == [1, 1]
     assert caplog.text.count("own OpenTelemetry metrics are on") == 1
-    client.close()
+    client.connection_pool.disconnect()
 
 
 def test_waits_that_native_does_not_measure_are_ours(native, valkey, telemetry):
@@ -364,7 +368,7 @@ def test_waits_that_native_does_not_measure_are_ours(native, valkey, telemetry):
 
     assert ours(telemetry, WAIT) == 1
     assert ours(telemetry, COUNT) == 0
-    client.close()
+    client.connection_pool.disconnect()
 
 
 def test_native_metrics_that_begin_later_are_noticed(native, valkey, telemetry):
@@ -376,7 +380,7 @@ def test_native_metrics_that_begin_later_are_noticed(native, valkey, telemetry):
     client.ping()
 
     assert (before, ours(telemetry, COUNT)) == (2, 0)
-    client.close()
+    client.connection_pool.disconnect()
 
 
 def test_ours_replace_native_metrics(native, valkey, telemetry):
@@ -390,7 +394,7 @@ def test_ours_replace_native_metrics(native, valkey, telemetry):
     assert told == [2, 1, 1]
     assert not {COUNT, CREATE, WAIT} & theirs(telemetry)
     assert "redis.client.connection.closed" in theirs(telemetry)
-    client.close()
+    client.connection_pool.disconnect()
 
 
 def test_what_has_begun_is_not_replaced(native, valkey, telemetry, caplog):
@@ -402,7 +406,7 @@ def test_what_has_begun_is_not_replaced(native, valkey, telemetry, caplog):
 
     assert ours(telemetry, COUNT) == 0
     assert "have begun already" in caplog.text
-    client.close()
+    client.connection_pool.disconnect()
 
 
 def test_both_emit(native, valkey, telemetry):
@@ -413,7 +417,7 @@ def test_both_emit(native, valkey, telemetry):
 
     assert ours(telemetry, COUNT) == 2
     assert COUNT in theirs(telemetry)
-    client.close()
+    client.connection_pool.disconnect()
 
 
 def test_native_metrics_are_the_very_same_afterwards(native):

@@ -53,7 +53,8 @@ class Target:
         identify: Who a pool is.
         read: What a pool says about itself now; may raise, which costs only its numbers.
         hooks: Which methods of the library mean what, by the top-level module they are in.
-        members: The connections a pool already has when we meet it.
+        members: The connections a pool already has when we meet it, and whether they are open, where it is
+            the connection that says when it is closed.
         complete: Whether a pool that was only sighted can be identified yet.
         discover: Sight what existed before we came.
         anchor: From a pool to its id, and to what lives as long as it and can be referenced weakly.
@@ -66,7 +67,7 @@ class Target:
     identify: Callable[[Any], Identity]
     read: Callable[[Any, Watch], Snapshot]
     hooks: Mapping[str, tuple[Row, ...]]
-    members: Callable[[Any], Iterable[Any]] = _none
+    members: Callable[[Any], Iterable[tuple[Any, bool]]] = _none
     complete: Callable[[Any], bool] = _always
     discover: Callable[[Registry], None] = _nothing
     anchor: Callable[[Any], tuple[int, Any]] = _by_id
