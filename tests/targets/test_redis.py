@@ -204,13 +204,14 @@ def test_a_queue_that_cannot_tell_leaves_pending_out(library):
 
 
 def test_coroutines_stay_coroutines(library):
-    """A method that was a coroutine function still says it is one."""
+    """A method that said it is a coroutine function still says so."""
     pool = library.asyncio.ConnectionPool
-    before = [inspect.iscoroutinefunction(getattr(pool, name)) for name in ("get_connection", "release")]
+    # From 5.3 to 7.1 `get_connection` does not say it, for its decorator; with us it does.
+    names = [name for name in ("get_connection", "release") if inspect.iscoroutinefunction(getattr(pool, name))]
     otel_pools.instrument("redis")
 
-    assert before == [inspect.iscoroutinefunction(getattr(pool, name)) for name in ("get_connection", "release")]
-    assert before == [True, True]
+    assert "release" in names
+    assert all(inspect.iscoroutinefunction(getattr(pool, name)) for name in names)
 
 
 def test_only_redis_own_decorator_is_passed_by():
