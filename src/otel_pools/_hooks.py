@@ -138,12 +138,8 @@ def resolve(where: str) -> tuple[Any, str]:
     return owner, name
 
 
-def _same(thing: Any) -> Any:
-    return thing
-
-
 def acquire(
-    where: str, *, lease: Pick = _same, refusal: Refusal, crowded: Pick | None = None, bare: Pick = _same
+    where: str, *, lease: Pick | None = None, refusal: Refusal, crowded: Pick | None = None, bare: Pick | None = None
 ) -> Hook:
     """
     A call on a pool that borrows a connection; its duration is the wait time.
@@ -151,37 +147,29 @@ def acquire(
     Args:
         where: The method, a coroutine function or not.
         lease: From its result to the object that stands for the loan until it
-            is released; None if this call only shared an earlier loan.
+            is released, None if this call only shared an earlier loan; by default the result itself.
         refusal: From an error to the word for "the pool had none", or None.
         crowded: Whether who asks this pool now must stand in line, where the library has no `queue` to hook.
         bare: From the method to what does the same for a call without arguments.
     """
 
-    def stand_in_line(pool: Any) -> None:
-        try:
-            if crowded is not None and crowded(pool):
-                detour(words.QUEUED)
-        except Exception as mistake:
-            lost_quietly("a queue", mistake)
-
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
-        plain = bare(original)
+        plain = original if bare is None else bare(original)
         # Asked of what is inside: redis-py 5.3 to 7.1 wrap a coroutine function in a plain one.
         twin = _async_checkout if inspect.iscoroutinefunction(plain) else _checkout
-        line = stand_in_line if crowded is not None else None
-        return twin(original, registry, plain=plain, lease=lease, refusal=refusal, stand_in_line=line)
+        return twin(original, registry, plain=plain, lease=lease, refusal=refusal, crowded=crowded)
 
     return Hook("acquire", where, compile)
 
 
-def _checkout(
+def _checkout(  # noqa: C901  # a branch costs less than the call that would take its place
     original: Callable[..., Any],
     registry: Registry,
     *,
     plain: Callable[..., Any],
-    lease: Pick,
+    lease: Pick | None,
     refusal: Refusal,
-    stand_in_line: Callable[[Any], None] | None,
+    crowded: Pick | None,
 ) -> Callable[..., Any]:
     watches, meet, passage = registry.watches, registry.meet, current_passage
 
@@ -192,8 +180,11 @@ def _checkout(
             return original(pool, *args, **kwargs)
         ticket = next(tickets)
         watch.waiting[ticket] = start = clock()
-        if stand_in_line is not None:
-            stand_in_line(pool)
+        try:
+            if crowded is not None and crowded(pool):
+                detour(words.QUEUED)
+        except Exception as mistake:
+            lost_quietly("a queue", mistake)
         try:
             # Unpacking costs more than asking whether there is anything to unpack.
             result = original(pool, *args, **kwargs) if args or kwargs else plain(pool)
@@ -203,7 +194,7 @@ def _checkout(
         end = clock()
         watch.waiting.pop(ticket, None)
         try:
-            held = lease(result)
+            held = result if lease is None else lease(result)
             if held is not None:
                 leases = watch.leases
                 leases[id(held)] = end
@@ -229,9 +220,9 @@ def _async_checkout(
     registry: Registry,
     *,
     plain: Callable[..., Any],
-    lease: Pick,
+    lease: Pick | None,
     refusal: Refusal,
-    stand_in_line: Callable[[Any], None] | None,
+    crowded: Pick | None,
 ) -> Callable[..., Any]:
     watches, meet = registry.watches, registry.meet
 
@@ -241,8 +232,11 @@ def _async_checkout(
             return await original(pool, *args, **kwargs)
         ticket = next(tickets)
         watch.waiting[ticket] = start = clock()
-        if stand_in_line is not None:
-            stand_in_line(pool)
+        try:
+            if crowded is not None and crowded(pool):
+                detour(words.QUEUED)
+        except Exception as mistake:
+            lost_quietly("a queue", mistake)
         try:
             result = await (original(pool, *args, **kwargs) if args or kwargs else plain(pool))
         except BaseException as error:

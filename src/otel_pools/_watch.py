@@ -189,12 +189,12 @@ class Watch:
         """Somebody got a connection, slowly or by a detour; the common case never comes here."""
         self._noted(seconds, _ended(_passage.get(), start), None)
 
-    def lent(self, ticket: int, start: float, result: Any, lease: Callable[[Any], Any]) -> None:
+    def lent(self, ticket: int, start: float, result: Any, lease: Callable[[Any], Any] | None) -> None:
         """Somebody got *result*, unless a call inside this one has said so already."""
         end = clock()
         self.waiting.pop(ticket, None)
         try:
-            held = lease(result)
+            held = result if lease is None else lease(result)
             if held is None or self.leases.get(id(held), -1.0) >= start:
                 return
             self.leases[id(held)] = end
