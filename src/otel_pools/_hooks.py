@@ -138,12 +138,8 @@ def resolve(where: str) -> tuple[Any, str]:
     return owner, name
 
 
-def _same(thing: Any) -> Any:
-    return thing
-
-
 def acquire(
-    where: str, *, lease: Pick = _same, refusal: Refusal, crowded: Pick | None = None, bare: Pick = _same
+    where: str, *, lease: Pick | None = None, refusal: Refusal, crowded: Pick | None = None, bare: Pick | None = None
 ) -> Hook:
     """
     A call on a pool that borrows a connection; its duration is the wait time.
@@ -151,35 +147,29 @@ def acquire(
     Args:
         where: The method, a coroutine function or not.
         lease: From its result to the object that stands for the loan until it
-            is released; None if this call only shared an earlier loan.
+            is released, None if this call only shared an earlier loan; by default the result itself.
         refusal: From an error to the word for "the pool had none", or None.
         crowded: Whether who asks this pool now must stand in line, where the library has no `queue` to hook.
         bare: From the method to what does the same for a call without arguments.
     """
 
-    def stand_in_line(pool: Any) -> None:
-        try:
-            if crowded is not None and crowded(pool):
-                detour(words.QUEUED)
-        except Exception as mistake:
-            lost_quietly("a queue", mistake)
-
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
-        twin = _async_checkout if inspect.iscoroutinefunction(original) else _checkout
-        line = stand_in_line if crowded is not None else None
-        return twin(original, registry, plain=bare(original), lease=lease, refusal=refusal, stand_in_line=line)
+        plain = original if bare is None else bare(original)
+        # Asked of what is inside: redis-py 5.3 to 7.1 wrap a coroutine function in a plain one.
+        twin = _async_checkout if inspect.iscoroutinefunction(plain) else _checkout
+        return twin(original, registry, plain=plain, lease=lease, refusal=refusal, crowded=crowded)
 
     return Hook("acquire", where, compile)
 
 
-def _checkout(
+def _checkout(  # noqa: C901  # a branch costs less than the call that would take its place
     original: Callable[..., Any],
     registry: Registry,
     *,
     plain: Callable[..., Any],
-    lease: Pick,
+    lease: Pick | None,
     refusal: Refusal,
-    stand_in_line: Callable[[Any], None] | None,
+    crowded: Pick | None,
 ) -> Callable[..., Any]:
     watches, meet, passage = registry.watches, registry.meet, current_passage
 
@@ -189,19 +179,24 @@ def _checkout(
         if watch is None:
             return original(pool, *args, **kwargs)
         ticket = next(tickets)
-        watch.waiting[ticket] = start = clock()
-        if stand_in_line is not None:
-            stand_in_line(pool)
+        waiting = watch.waiting
+        waiting[ticket] = start = clock()
+        try:
+            if crowded is not None and crowded(pool):
+                detour(words.QUEUED)
+        except Exception as mistake:
+            lost_quietly("a queue", mistake)
         try:
             # Unpacking costs more than asking whether there is anything to unpack.
             result = original(pool, *args, **kwargs) if args or kwargs else plain(pool)
         except BaseException as error:
-            watch.failed(ticket, start, error, refusal)
+            waiting.pop(ticket, None)
+            watch.failed(start, error, refusal)
             raise
         end = clock()
-        watch.waiting.pop(ticket, None)
+        waiting.pop(ticket, None)
         try:
-            held = lease(result)
+            held = result if lease is None else lease(result)
             if held is not None:
                 leases = watch.leases
                 leases[id(held)] = end
@@ -227,9 +222,9 @@ def _async_checkout(
     registry: Registry,
     *,
     plain: Callable[..., Any],
-    lease: Pick,
+    lease: Pick | None,
     refusal: Refusal,
-    stand_in_line: Callable[[Any], None] | None,
+    crowded: Pick | None,
 ) -> Callable[..., Any]:
     watches, meet = registry.watches, registry.meet
 
@@ -238,15 +233,21 @@ def _async_checkout(
         if watch is None:
             return await original(pool, *args, **kwargs)
         ticket = next(tickets)
-        watch.waiting[ticket] = start = clock()
-        if stand_in_line is not None:
-            stand_in_line(pool)
+        waiting = watch.waiting
+        waiting[ticket] = start = clock()
+        try:
+            if crowded is not None and crowded(pool):
+                detour(words.QUEUED)
+        except Exception as mistake:
+            lost_quietly("a queue", mistake)
         try:
             result = await (original(pool, *args, **kwargs) if args or kwargs else plain(pool))
         except BaseException as error:
-            watch.failed(ticket, start, error, refusal)
+            waiting.pop(ticket, None)
+            watch.failed(start, error, refusal)
             raise
-        watch.lent(ticket, start, result, lease)
+        waiting.pop(ticket, None)
+        watch.lent(start, result, lease)
         return result
 
     return checkout
@@ -440,7 +441,7 @@ def close(where: str, *, reason: Callable[[], str]) -> Hook:
 
 
 def make(where: str, *, parts: Pick) -> Hook:
-    """A call on a pool that makes a connection, still closed; *parts* are the objects that open and close it."""
+    """A call on a pool whose result may be a new connection; *parts* are the objects that open and close it."""
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
         def made(pool: Any, *args: Any, **kwargs: Any) -> Any:
@@ -450,7 +451,9 @@ def make(where: str, *, parts: Pick) -> Hook:
                 watch = registry.find(pool)
                 if watch is not None:
                     for part in parts(connection):
-                        watch.met(part)
+                        if id(part) not in watch.members:
+                            watch.met(part)
+                            watch.made.add(id(part))
             except Exception as mistake:
                 lost_quietly("a new connection", mistake)
             return connection
@@ -519,7 +522,9 @@ def disconnect(where: str, *, is_open: Pick, reason: Callable[[], str]) -> Hook:
 
         def shut(connection: Any) -> None:
             try:
-                if is_open(connection) and (watch := owners.get(id(connection))) is not None:
+                watch = owners.get(id(connection)) if is_open(connection) else None
+                # It takes an asyncio connection a moment to be closed, in which it may be told to twice.
+                if watch is not None and watch.has_open(connection):
                     watch.shut(id(connection), reason())
             except Exception as mistake:
                 lost_quietly("a close", mistake)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ._guard import guard, lost_quietly
@@ -97,8 +98,10 @@ class Registry:
         watch = Watch(ref, self._ledger(pool), self.target.read, self._spans, self.owners)
         watch = self.watches.setdefault(key, watch)
         self.sighted.pop(key, None)
-        for connection in self.target.members(pool):
+        for connection, is_open in self.target.members(pool):
             watch.met(connection)
+            if is_open:
+                watch.opened[id(connection)] = clock()
         return watch
 
     def _ledger(self, pool: Any) -> Ledger:
@@ -137,16 +140,9 @@ class Registry:
 
     def rename(self, pool: Any) -> None:
         """The user gave *pool* a name after we had met it: move it, and who holds it, to that name."""
-        old = self.watches.pop(self.target.anchor(pool)[0], None)
-        if old is None:
-            return
-        new = self._meet(pool)
-        new.opened.update(old.opened)
-        for connection in old.connections():
-            new.met(connection)
-            since = old.leases.pop(id(connection), None)
-            if since is not None:
-                new.leases[id(connection)] = since
+        watch = self.watches.get(self.target.anchor(pool)[0])
+        if watch is not None:
+            watch.move(self._ledger(pool), self.target.leases(pool, watch))
 
     def close(self) -> None:
         """Forget everything; hooks that could not be taken off find nothing and pass through."""
@@ -174,7 +170,7 @@ def _reading(ledger: Ledger, snapshot: Snapshot, pools: int | None) -> Reading:
         return Reading(snapshot, ledger.outbox.tally())
     now = clock()
     return Reading(
-        snapshot=snapshot,
+        snapshot=replace(snapshot, origins=ledger.with_former(snapshot.origins)),
         tally=ledger.outbox.tally(),
         pools=pools,
         # Who shares a connection is not one more of them.

@@ -39,16 +39,22 @@ class Visit:
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
+        self.waiting = waiting = watch.waiting
         self.ticket = ticket = next(tickets)
-        watch.waiting[ticket] = self.start = clock()
+        waiting[ticket] = self.start = clock()
 
     def __repr__(self) -> str:
         return f"<Visit of {self.watch.ledger.identity.name}, {'served' if self.since else 'waiting'}, {self.path}>"
 
     def __del__(self) -> None:
         if self.connection is not None or not self.since:
-            self.watch.waiting.pop(self.ticket, None)
+            self.waiting.pop(self.ticket, None)
             self.watch.leases.pop(id(self), None)
+
+    @property
+    def has_left(self) -> bool:
+        """Whether it is over, though the pool may not know: a cancelled close never tells it."""
+        return self.since > 0.0 and self.connection is None
 
     def queued(self, seconds: float) -> None:
         """It stood in line for so long; the pool may send it there more than once."""
@@ -59,7 +65,7 @@ class Visit:
         """It has a connection, or may open one."""
         watch = self.watch
         if not self.since:
-            watch.waiting.pop(self.ticket, None)
+            self.waiting.pop(self.ticket, None)
             leases = watch.leases
             leases[id(self)] = self.since = clock()
             if len(leases) > watch.ledger.peak:
@@ -69,6 +75,12 @@ class Visit:
         if self.waited and self.waited >= watch.slow and self.context is None:
             # Now, as the answer may take its time: a span is back-dated from when it is written.
             self.context = watch.span(self.waited, self.path, None)
+
+    def sent_back(self) -> None:
+        """The connection it got was of no use, and it asks again."""
+        self.watch.leases.pop(id(self), None)
+        self.since, self.connection = 0.0, None
+        self.waiting[self.ticket] = self.start
 
     def opened(self, seconds: float) -> None:
         """It has opened its connection."""
@@ -86,11 +98,12 @@ class Visit:
         if self.path == IDLE:
             self.path = words.NEW
         self.watch.opened[id(self.connection)] = clock()
+        self.watch.made.discard(id(self.connection))
 
     def answered(self) -> None:
         """It got its connection, whatever comes of it."""
-        watch, key = self.watch, id(self.connection)
-        if key not in watch.opened and key in watch.members and not self.connecting:
+        watch = self.watch
+        if id(self.connection) in watch.made:
             # Opened behind a proxy, where we cannot see how.
             self._open()
             watch.ledger.outbox.creates.append(0.0)
@@ -112,7 +125,9 @@ class Visit:
 
     def _refuse(self, error: BaseException, refusal: Refusal) -> None:
         watch, seconds = self.watch, clock() - self.start
-        watch.waiting.pop(self.ticket, None)
+        self.waiting.pop(self.ticket, None)
+        if self.connection is not None and self.path == IDLE:
+            self.path = words.NEW
         if type(error).__qualname__ in ABANDONED:
             watch.noted(seconds, self.path, words.CANCELLED, None)
         else:
@@ -125,7 +140,8 @@ class Visit:
         self.connection = None
 
 
-def _of(request: Any) -> Visit | None:
+def visit_of(request: Any) -> Visit | None:
+    """The visit of this request, if we have seen it come."""
     visit: Visit | None = getattr(request, KEY, None)
     return visit
 
@@ -236,61 +252,82 @@ def _closed(watch: Watch, connection: Any, ended: Pick, otherwise: str | None = 
         watch.shut(id(connection), otherwise if otherwise is not None and reason != words.GOAWAY else reason)
 
 
-def wait(where: str) -> Hook:
-    """A call on a request's place in line, which returns with its connection."""
+def wait(where: str, *, ended: Pick) -> Hook:
+    """
+    A call on a request's place in line, which returns with its connection.
+
+    Args:
+        where: The method, a coroutine function or not.
+        ended: From a connection to why it is closed, or None if it is open; asked of one that was of no use.
+    """
 
     def compile(original: Callable[..., Any], _: Registry) -> Callable[..., Any]:
-        return _async_line_up(original) if inspect.iscoroutinefunction(original) else _line_up(original)
+        line_up = _async_line_up if inspect.iscoroutinefunction(original) else _line_up
+        return line_up(original, ended)
 
     return Hook("queue", where, compile)
 
 
-def _line_up(original: Callable[..., Any]) -> Callable[..., Any]:
+def _line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
     def line_up(place: Any, *args: Any, **kwargs: Any) -> Any:
         arrived = getattr(place.request, KEY, None)
-        if arrived is None or place.connection is None:
+        if arrived is None or arrived.since or place.connection is None:
             return stand_in_line(arrived, place, *args, **kwargs)
         arrived.connection = connection = original(place, *args, **kwargs)
-        if not arrived.since:
-            _served(arrived)
+        _served(arrived)
         return connection
 
     def stand_in_line(arrived: Visit | None, place: Any, *args: Any, **kwargs: Any) -> Any:
         if arrived is None:
             return original(place, *args, **kwargs)
-        start = clock()
+        _sent_back(arrived, ended)
+        start = None if place.connection is not None else clock()
         try:
-            arrived.connection = connection = original(place, *args, **kwargs)
+            connection = original(place, *args, **kwargs)
         finally:
-            _queued(arrived, clock() - start)
+            if start is not None:
+                _queued(arrived, clock() - start)
+        arrived.connection = connection
         _served(arrived)
         return connection
 
     return line_up
 
 
-def _async_line_up(original: Callable[..., Any]) -> Callable[..., Any]:
+def _async_line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
     async def line_up(place: Any, *args: Any, **kwargs: Any) -> Any:
         arrived = getattr(place.request, KEY, None)
-        if arrived is None or place.connection is None:
+        if arrived is None or arrived.since or place.connection is None:
             return await stand_in_line(arrived, place, *args, **kwargs)
         arrived.connection = connection = await original(place, *args, **kwargs)
-        if not arrived.since:
-            _served(arrived)
+        _served(arrived)
         return connection
 
     async def stand_in_line(arrived: Visit | None, place: Any, *args: Any, **kwargs: Any) -> Any:
         if arrived is None:
             return await original(place, *args, **kwargs)
-        start = clock()
+        _sent_back(arrived, ended)
+        start = None if place.connection is not None else clock()
         try:
-            arrived.connection = connection = await original(place, *args, **kwargs)
+            connection = await original(place, *args, **kwargs)
         finally:
-            _queued(arrived, clock() - start)
+            if start is not None:
+                _queued(arrived, clock() - start)
+        arrived.connection = connection
         _served(arrived)
         return connection
 
     return line_up
+
+
+def _sent_back(arrived: Visit, ended: Pick) -> None:
+    try:
+        if arrived.since:
+            connection = arrived.connection
+            arrived.sent_back()
+            _closed(arrived.watch, connection, ended)
+    except Exception as mistake:
+        lost_quietly("a second wait", mistake)
 
 
 def _queued(arrived: Visit, seconds: float) -> None:
@@ -312,7 +349,7 @@ def dial(where: str) -> Hook:
 
     def compile(original: Callable[..., Any], _: Registry) -> Callable[..., Any]:
         def connect(connection: Any, request: Any) -> Any:
-            arrived, start = _of(request), clock()
+            arrived, start = visit_of(request), clock()
             try:
                 stream = original(connection, request)
             except BaseException as error:
@@ -324,7 +361,7 @@ def dial(where: str) -> Hook:
             return stream
 
         async def async_connect(connection: Any, request: Any) -> Any:
-            arrived, start = _of(request), clock()
+            arrived, start = visit_of(request), clock()
             try:
                 stream = await original(connection, request)
             except BaseException as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from time import perf_counter
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _vocabulary as words
 from ._guard import guard, lost, lost_quietly
-from ._model import Identity, Snapshot
+from ._model import Identity, Load, Origin, Snapshot
 from ._outbox import LIMIT, Note, Outbox
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ clock = perf_counter
 tickets = itertools.count()
 
 Refusal = Callable[[BaseException], str | None]
+
+# Of how many origins a name's pools may have been before we stop to say that they have nothing now.
+ORIGINS = 100
 
 
 class Passage:
@@ -100,7 +103,7 @@ class Ledger:
     happen outside a collection.
     """
 
-    __slots__ = ("identity", "leases", "outbox", "peak", "waiting")
+    __slots__ = ("_origins", "identity", "leases", "outbox", "peak", "waiting")
 
     def __init__(self, identity: Identity) -> None:
         self.identity = identity
@@ -108,6 +111,7 @@ class Ledger:
         self.leases: dict[int, float] = {}  # id of what is held -> since
         self.peak = 0
         self.outbox = Outbox()
+        self._origins: dict[Origin, Load] = {}
 
     def __repr__(self) -> str:
         return f"<Ledger {self.identity.name} [{len(self.leases)} held, {len(self.waiting)} waiting]>"
@@ -116,6 +120,15 @@ class Ledger:
         """The highest number held since this was last asked, *used* being what is held now."""
         peak, self.peak = max(self.peak, used), used
         return peak
+
+    def with_former(self, origins: Mapping[Origin, Load] | None) -> Mapping[Origin, Load] | None:
+        """These origins, and nothing for those that had something before: who keeps the last value hears of the end."""
+        if origins is None:
+            return None
+        if len(self._origins) > ORIGINS:
+            self._origins.clear()
+        self._origins.update(dict.fromkeys(origins, Load()))
+        return {**self._origins, **origins}
 
 
 def age(since: Iterable[float], now: float) -> float:
@@ -141,6 +154,7 @@ class Watch:
         "creating",
         "leases",
         "ledger",
+        "made",
         "members",
         "notes",
         "opened",
@@ -162,20 +176,21 @@ class Watch:
         owners: dict[int, Watch],
     ) -> None:
         self.pool = pool
-        self.ledger = ledger
+        self.ledger: Ledger
+        self.waiting: dict[int, float] = {}
+        self.leases: dict[int, float] = {}
         self.owners = owners  # shared by all pools: id of a connection -> whose it is
         self.members: dict[int, KeyedRef] = {}  # the connections we have met, held weakly
         self.creating: set[int] = set()  # ids of those being opened: open perhaps, but not idle
         self.opened: dict[int, float] = {}  # ids of those that we have seen being opened, and not closed -> since
+        self.made: set[int] = set()  # ids of those that we have seen being made, and not yet opened
         self.orphans: set[int] = set()  # ids of those that were lost on their way back
         self.closed_down = False
         self._missing = 0
         self._read = read
         self._spans = spans
         self.slow = spans.threshold
-        # Short cuts: these are looked up on every checkout.
-        self.waiting, self.leases = ledger.waiting, ledger.leases
-        self.waits, self.uses, self.notes = ledger.outbox.waits, ledger.outbox.uses, ledger.outbox.notes
+        self.move(ledger)
 
     def __repr__(self) -> str:
         identity, now = self.ledger.identity, self.snapshot()
@@ -184,6 +199,16 @@ class Watch:
         of = "" if now.max is None else f" of {now.max}"
         return f"<Watch {identity.name} on {where} [{now.used} used, {now.idle} idle{of} | {now.pending} waiting]>"
 
+    def move(self, ledger: Ledger, leases: Iterable[int] = ()) -> None:
+        """Go by another name from now on, and take these leases along."""
+        for key in list(leases):
+            if (since := self.leases.pop(key, None)) is not None:
+                ledger.leases[key] = since
+        self.ledger = ledger
+        # Short cuts: these are looked up on every checkout.
+        self.waiting, self.leases = ledger.waiting, ledger.leases
+        self.waits, self.uses, self.notes = ledger.outbox.waits, ledger.outbox.uses, ledger.outbox.notes
+
     # -- what can happen -------------------------------------------------------
 
     def acquired(self, start: float, seconds: float) -> None:
@@ -191,12 +216,11 @@ class Watch:
         path = _path(_ended(_passage.get(), start))
         self.noted(seconds, path, None, self.span(seconds, path, None) if seconds >= self.slow else None)
 
-    def lent(self, ticket: int, start: float, result: Any, lease: Callable[[Any], Any]) -> None:
+    def lent(self, start: float, result: Any, lease: Callable[[Any], Any] | None) -> None:
         """Somebody got *result*, unless a call inside this one has said so already."""
         end = clock()
-        self.waiting.pop(ticket, None)
         try:
-            held = lease(result)
+            held = result if lease is None else lease(result)
             if held is None or self.leases.get(id(held), -1.0) >= start:
                 return
             self.leases[id(held)] = end
@@ -208,9 +232,8 @@ class Watch:
         except Exception as mistake:
             lost_quietly("a checkout", mistake)
 
-    def failed(self, ticket: int, start: float, error: BaseException, refusal: Refusal) -> None:
+    def failed(self, start: float, error: BaseException, refusal: Refusal) -> None:
         """Somebody asked and got none; *error* goes on to the caller untouched."""
-        self.waiting.pop(ticket, None)
         with guard("a failed checkout"):
             seconds = clock() - start
             passage = _ended(_passage.get(), start)
@@ -253,6 +276,7 @@ class Watch:
         for table in (self.members, self.leases, self.owners):
             table.pop(ref.key, None)
         self.orphans.discard(ref.key)
+        self.made.discard(ref.key)
         if ref.key in self.opened:
             # Nobody closed it before the garbage collector did.
             self.shut(ref.key, words.CLOSED)
@@ -265,11 +289,17 @@ class Watch:
         def ended(is_open: bool, error: BaseException | None) -> None:
             if is_open:
                 self.opened[id(connection)] = clock()
+                self.made.discard(id(connection))
             if is_open or passage.created:
                 self.created(start)
             passage.creating, passage.created, passage.failed = False, False, error
 
         return ended
+
+    def has_open(self, connection: Any) -> bool:
+        """Whether we have seen *connection* being opened and not closed, or it is being opened."""
+        passage = _passage.get()
+        return id(connection) in self.opened or (passage is not None and passage.creating and not passage.created)
 
     def shut(self, key: int, reason: str) -> None:
         """A connection that may be opened again was closed, or was lost while open."""

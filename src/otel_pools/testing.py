@@ -9,7 +9,8 @@ import importlib
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -76,7 +77,9 @@ class Export:
     """What one collection brought."""
 
     def __init__(self, metrics: list[Any]) -> None:
-        self.metrics = {metric.name: metric for metric in metrics}
+        self.metrics: dict[str, list[Any]] = {}  # by name: each target has a scope of its own
+        for metric in metrics:
+            self.metrics.setdefault(metric.name, []).append(metric)
 
     def __repr__(self) -> str:
         return f"<Export [{len(self.metrics)} metrics]>"
@@ -84,8 +87,7 @@ class Export:
     def points(self, name: str, **where: str) -> list[Any]:
         """The points of one metric whose attributes contain *where* (dots written as ``__``)."""
         wanted = {key.replace("__", "."): value for key, value in where.items()}
-        metric = self.metrics.get(name)
-        points = metric.data.data_points if metric is not None else ()
+        points = [point for metric in self.metrics.get(name, ()) for point in metric.data.data_points]
         return [point for point in points if wanted.items() <= point.attributes.items()]
 
     def value(self, name: str, **where: str) -> float:
@@ -100,12 +102,20 @@ class Export:
 
     def closed(self) -> dict[str, int]:
         """``otel_pools.connection.closed`` by reason."""
-        return {point.attributes[words.REASON]: point.value for point in self.points("otel_pools.connection.closed")}
+        return self._sums("otel_pools.connection.closed", lambda attributes: attributes[words.REASON])
 
     def checkouts(self) -> dict[tuple[str, str | None], int]:
         """``otel_pools.checkouts`` by path and error type, without zeros."""
-        points = self.points("otel_pools.checkouts")
-        return {(p.attributes[words.PATH], p.attributes.get(words.ERROR)): p.value for p in points if p.value}
+        told = self._sums(
+            "otel_pools.checkouts", lambda attributes: (attributes[words.PATH], attributes.get(words.ERROR))
+        )
+        return {kind: number for kind, number in told.items() if number}
+
+    def _sums(self, name: str, kind: Callable[[Mapping[str, Any]], Any]) -> dict[Any, int]:
+        sums: Counter[Any] = Counter()
+        for point in self.points(name):
+            sums[kind(point.attributes)] += point.value
+        return dict(sums)
 
 
 class PoolContract:

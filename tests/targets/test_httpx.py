@@ -564,7 +564,6 @@ def test_a_name_given_under_a_response(browse, watched, telemetry):
     assert (opens(during), opens(back), opens(now)) == ((1, 0), (0, 1), (0, 0))
     assert sum(now.closed().values()) == now.value("otel_pools.connection.created") == 1
     assert now.value("otel_pools.use.oldest") == 0
-    # WRONG: a visit stays with the name it came under, so the oldest use is lost with the rename.
     assert during.value("otel_pools.use.oldest", **mine) > 0
 
 
@@ -579,7 +578,6 @@ def test_a_name_given_under_a_response_that_is_left(browse, watched, telemetry):
     gc.collect()
     now = telemetry.read()
 
-    # WRONG: closed under the old name, and closed again under the new one when it is collected.
     assert sum(now.closed().values()) == now.value("otel_pools.connection.created") == 1
 
 

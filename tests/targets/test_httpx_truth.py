@@ -319,7 +319,6 @@ def test_surplus(play, web):
         await stage.at_once([web.url("/slow?0.2")] * 4)
         now = await stage.is_true(0, 1, web)
 
-        # WRONG with httpcore 0.17: "server", as the connection was closed inside the close of its last body.
         assert now.closed() == stage.reasons(evicted=3)
         assert now.value("otel_pools.connection.created") == web.accepted == 4
 
@@ -411,7 +410,6 @@ def test_oldest_wait_in_a_second_line(play, web):
         await requests
 
         assert now.value("otel_pools.connection.pending_requests") == 1
-        # WRONG where requests are sent back (not in httpcore2 2.8 and later): 0.
         assert now.value("otel_pools.wait.oldest") > 0.3
 
     play(scenario, max_connections=1)
@@ -525,7 +523,6 @@ def test_read_timeout_in_the_body(play, web):
         now = await stage.is_true(0, 0, web)
 
         assert now.checkouts() == {("new", None): 1}
-        # WRONG: "server".
         assert now.closed() == {"error": 1}
 
     play(scenario, timeout={"timeout": 5, "read": 0.1})
@@ -539,7 +536,6 @@ def test_body_left_unread(play, web):
         await stage.close(response)
         now = await stage.is_true(0, 0, web)
 
-        # WRONG: "server".
         assert now.closed() == {"closed": 1}
 
     play(scenario)
@@ -634,7 +630,6 @@ def test_cancelled_in_the_body(play, web):
         now = await stage.is_true(0, 0, web)
 
         assert now.checkouts() == {("new", None): 1}
-        # WRONG: "server".
         assert set(now.closed()) <= {"error", "closed"}
 
     play(scenario)
@@ -726,9 +721,7 @@ def test_cancelled_while_closing(play, web, steps):
 
         assert closed
         assert opens(now, "active") == kept
-        # WRONG: a place whose request is in the pool's list, and whose response was closed, is not told as orphaned.
         assert now.value("otel_pools.connection.orphaned") == kept
-        # WRONG: that request counts as active for ever.
         assert now.value("http.client.active_requests") == 0
 
     play(scenario)
@@ -784,7 +777,6 @@ def test_storm(play, web):
         assert errors == [] or stage.races
         assert now.value("otel_pools.checkouts") == 2000
         assert {error for _, error in now.checkouts()} == {None}
-        # WRONG: of a race, see `test_closed_under_a_request`.
         assert now.value("otel_pools.connection.created") == web.accepted
         assert sum(now.closed().values()) >= 40
 
@@ -895,7 +887,6 @@ def test_goaway_while_idle(play, web2):
         await stage.get(web2.url())
         now = await stage.is_true(0, 1, web2)
 
-        # WRONG: "closed": the request goes on to another connection, and nobody looks back at this one.
         assert now.closed() == {"goaway": 1}
         assert now.value("otel_pools.connection.created") == web2.accepted == 2
 
@@ -974,7 +965,6 @@ def test_proxy_down(play, ground):
         await stage.fails(stage.lib.ConnectError, "https://shop.example/")
         now = await stage.is_true(0, 0)
 
-        # WRONG: the path is "idle"; without a proxy it is "new".
         assert now.checkouts() == {("new", "connect_error"): 2}
         assert now.value("otel_pools.connection.created") == 0
 
@@ -990,7 +980,6 @@ def test_tunnel_refused(play, proxy, secure):
         now = await stage.is_true(0, 0, secure, proxy)
 
         assert len(stage.pool.connections) == 0
-        # WRONG: a success: the connection to the proxy is taken for the one that was asked for.
         assert now.checkouts() == {("new", "connect_error"): 1}
 
     play_through(play, scenario, proxy)
@@ -1013,7 +1002,6 @@ def test_tunnel_without_tls(play, proxy, secure):
 
         assert opens(now, "active") == now.value("otel_pools.connection.orphaned") == slots
         assert slots == 1
-        # WRONG: a success: the connection to the proxy is taken for the one that was asked for.
         assert now.checkouts() == {("new", "connect_error"): 1}
         assert await asyncio.to_thread(proxy.settles, 0)
         assert now.value("otel_pools.use.oldest") == now.value("http.client.active_requests") == 0
@@ -1053,7 +1041,6 @@ def test_socks_down(play):
         await stage.fails(stage.lib.ConnectError, "http://127.0.0.1:1/")
         now = await stage.is_true(0, 0)
 
-        # WRONG: the path is "idle"; without a proxy it is "new".
         assert now.checkouts() == {("new", "connect_error"): 1}
 
     play(scenario, proxy=f"socks5://127.0.0.1:{webs.free_port()}")
@@ -1105,7 +1092,6 @@ def test_closed_under_a_request(play, web):
             await request
         now = await stage.is_true(0, 0, web)
 
-        # WRONG: a visit that finds its connection closed by somebody else takes it for a new one (`Visit.answered`).
         assert now.value("otel_pools.connection.created") == web.accepted == 1
         assert sum(now.closed().values()) == 1
 

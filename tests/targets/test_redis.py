@@ -8,6 +8,7 @@ import importlib
 import inspect
 from importlib.metadata import version
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
@@ -168,6 +169,9 @@ def test_what_has_no_pool_cannot_be_named(thing):
 
 # -- what it says -------------------------------------------------------------------
 
+# Our record of a pool that nobody has asked for anything.
+UNUSED = SimpleNamespace(leases={}, owners={}, waiting={})
+
 
 @pytest.mark.parametrize(("given", "told"), [(2**31, None), (7, 7)])
 def test_no_limit_is_not_told(library, given, told):
@@ -181,7 +185,7 @@ def test_a_pool_of_an_older_fork_has_nothing(library):
     pool._in_use_connections.add(object())
     pool.pid += 1
 
-    now = redis_target.read(pool, None)
+    now = redis_target.read(pool, UNUSED)
 
     assert (now.used, now.idle, now.max) == (0, 0, 3)
 
@@ -191,7 +195,7 @@ def test_a_queue_that_cannot_tell_leaves_pending_out(library):
     pool = library.BlockingConnectionPool(max_connections=2)
     del pool.pool.not_empty._waiters
 
-    now = redis_target.read(pool, None)
+    now = redis_target.read(pool, UNUSED)
 
     assert (now.pending, now.used, now.max) == (None, 0, 2)
 
@@ -200,13 +204,14 @@ def test_a_queue_that_cannot_tell_leaves_pending_out(library):
 
 
 def test_coroutines_stay_coroutines(library):
-    """A method that was a coroutine function still says it is one."""
+    """A method that said it is a coroutine function still says so."""
     pool = library.asyncio.ConnectionPool
-    before = [inspect.iscoroutinefunction(getattr(pool, name)) for name in ("get_connection", "release")]
+    # From 5.3 to 7.1 `get_connection` does not say it, for its decorator; with us it does.
+    names = [name for name in ("get_connection", "release") if inspect.iscoroutinefunction(getattr(pool, name))]
     otel_pools.instrument("redis")
 
-    assert before == [inspect.iscoroutinefunction(getattr(pool, name)) for name in ("get_connection", "release")]
-    assert before == [True, True]
+    assert "release" in names
+    assert all(inspect.iscoroutinefunction(getattr(pool, name)) for name in names)
 
 
 def test_only_redis_own_decorator_is_passed_by():
@@ -353,7 +358,7 @@ def test_we_defer_to_native_metrics(native, valkey, telemetry, caplog):
     assert {COUNT, CREATE, WAIT} <= theirs(telemetry)
     assert [ours(telemetry, f"db.client.connection.{name}") for name in ("max", "use_time")] == [1, 1]
     assert caplog.text.count("own OpenTelemetry metrics are on") == 1
-    client.close()
+    client.connection_pool.disconnect()
 
 
 def test_waits_that_native_does_not_measure_are_ours(native, valkey, telemetry):
@@ -364,7 +369,7 @@ def test_waits_that_native_does_not_measure_are_ours(native, valkey, telemetry):
 
     assert ours(telemetry, WAIT) == 1
     assert ours(telemetry, COUNT) == 0
-    client.close()
+    client.connection_pool.disconnect()
 
 
 def test_native_metrics_that_begin_later_are_noticed(native, valkey, telemetry):
@@ -376,7 +381,7 @@ def test_native_metrics_that_begin_later_are_noticed(native, valkey, telemetry):
     client.ping()
 
     assert (before, ours(telemetry, COUNT)) == (2, 0)
-    client.close()
+    client.connection_pool.disconnect()
 
 
 def test_ours_replace_native_metrics(native, valkey, telemetry):
@@ -390,7 +395,7 @@ def test_ours_replace_native_metrics(native, valkey, telemetry):
     assert told == [2, 1, 1]
     assert not {COUNT, CREATE, WAIT} & theirs(telemetry)
     assert "redis.client.connection.closed" in theirs(telemetry)
-    client.close()
+    client.connection_pool.disconnect()
 
 
 def test_what_has_begun_is_not_replaced(native, valkey, telemetry, caplog):
@@ -402,7 +407,7 @@ def test_what_has_begun_is_not_replaced(native, valkey, telemetry, caplog):
 
     assert ours(telemetry, COUNT) == 0
     assert "have begun already" in caplog.text
-    client.close()
+    client.connection_pool.disconnect()
 
 
 def test_both_emit(native, valkey, telemetry):
@@ -413,7 +418,7 @@ def test_both_emit(native, valkey, telemetry):
 
     assert ours(telemetry, COUNT) == 2
     assert COUNT in theirs(telemetry)
-    client.close()
+    client.connection_pool.disconnect()
 
 
 def test_native_metrics_are_the_very_same_afterwards(native):

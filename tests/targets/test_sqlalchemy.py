@@ -205,7 +205,7 @@ def test_name_of_something_else(watched):
 
 def test_name_by_setting(telemetry):
     """The `names` setting maps a server, or a server and database, to a name."""
-    otel_pools.instrument(meter_provider=telemetry.meter_provider, names="db:5433/app=shop, db=rest")
+    otel_pools.instrument("sqlalchemy", meter_provider=telemetry.meter_provider, names="db:5433/app=shop, db=rest")
     engines = [engine_of(CountingCreator(), f"postgresql+psycopg://{host}") for host in ("db:5433/app", "db/app")]
 
     assert names(telemetry) == {"shop", "rest"}
@@ -491,7 +491,9 @@ def test_tasks_wait_too(watched):
 def test_an_abandoned_checkout(telemetry, creator):
     """A greenlet that is collected while it waits is a cancelled checkout; no span, as a collector may hold locks."""
     greenlet = pytest.importorskip("greenlet")
-    otel_pools.instrument(meter_provider=telemetry.meter_provider, tracer_provider=telemetry.tracer_provider)
+    otel_pools.instrument(
+        "sqlalchemy", meter_provider=telemetry.meter_provider, tracer_provider=telemetry.tracer_provider
+    )
 
     def create():
         greenlet.getcurrent().parent.switch()
@@ -516,7 +518,7 @@ def test_late_with_some_out(telemetry, creator):
     held = [engine.connect() for _ in range(3)]
     for one in held[1:]:
         one.close()
-    otel_pools.instrument(meter_provider=telemetry.meter_provider)
+    otel_pools.instrument("sqlalchemy", meter_provider=telemetry.meter_provider)
     late = telemetry.read()
     held[0].close()
     back = telemetry.read()
@@ -573,7 +575,7 @@ def test_beside_the_official_instrumentation(telemetry, creator, order):
     before = sqlalchemy.create_engine, vars(QueuePool.__mro__[1])["connect"]
     both = [
         lambda: official.instrument(skip_dep_check=True, tracer_provider=telemetry.tracer_provider),
-        lambda: otel_pools.instrument(meter_provider=telemetry.meter_provider),
+        lambda: otel_pools.instrument("sqlalchemy", meter_provider=telemetry.meter_provider),
     ]
     for way in both[order:] + both[:order]:
         way()

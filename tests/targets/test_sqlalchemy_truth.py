@@ -102,7 +102,9 @@ def play(flavour, telemetry):
             finally:
                 stage.engine.dispose()
 
-        otel_pools.instrument(meter_provider=telemetry.meter_provider, tracer_provider=telemetry.tracer_provider)
+        otel_pools.instrument(
+            "sqlalchemy", meter_provider=telemetry.meter_provider, tracer_provider=telemetry.tracer_provider
+        )
         flavour.run(whole)
 
     return play
@@ -482,7 +484,7 @@ tasks_only = pytest.mark.parametrize(
 @tasks_only
 def test_task_storm_with_cancellation(flavour, telemetry):
     """Twenty tasks, cancelled wherever they are (connecting, waiting, working, returning): no number drifts."""
-    otel_pools.instrument(meter_provider=telemetry.meter_provider)
+    otel_pools.instrument("sqlalchemy", meter_provider=telemetry.meter_provider)
     attempts = 0
 
     async def work(engine, rng):
@@ -527,7 +529,7 @@ def test_task_storm_with_cancellation(flavour, telemetry):
 @pytest.mark.parametrize("moment", ["connect", "checkout", "checkin"])
 def test_cancelled_at_every_step(flavour, telemetry, moment):
     """A task cancelled after each number of steps, connecting, pinging or returning: nothing stays used."""
-    otel_pools.instrument(meter_provider=telemetry.meter_provider)
+    otel_pools.instrument("sqlalchemy", meter_provider=telemetry.meter_provider)
 
     async def borrow(engine):
         async with engine.connect() as connection:

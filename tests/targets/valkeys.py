@@ -138,7 +138,12 @@ class Server(Watched):
 
     def ask(self, *words):
         """The reply to one command, on a connection of its own: a string, a number, None or a list of them."""
-        return self._talk(*([("AUTH", self.password)] if self.password else []), ("CLIENT", "SETNAME", VIEW), words)
+        commands = [*([("AUTH", self.password)] if self.password else []), ("CLIENT", "SETNAME", VIEW), words]
+        try:
+            return self._talk(*commands)
+        except ConnectionResetError:
+            # A server that changes its role hangs up on everybody, in the middle of an answer too.
+            return self._talk(*commands)
 
     def client_ids(self, name):
         """The server's numbers for the connections with this client name."""

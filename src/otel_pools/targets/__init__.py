@@ -39,6 +39,10 @@ def _by_id(pool: Any) -> tuple[int, Any]:
     return id(pool), pool
 
 
+def _connections(pool: Any, watch: Watch) -> Iterable[int]:
+    return map(id, watch.connections())
+
+
 def _nobody(registry: Registry, ledger: Ledger) -> Collection[str]:
     return ()
 
@@ -53,12 +57,14 @@ class Target:
         identify: Who a pool is.
         read: What a pool says about itself now; may raise, which costs only its numbers.
         hooks: Which methods of the library mean what, by the top-level module they are in.
-        members: The connections a pool already has when we meet it.
+        members: The connections a pool already has when we meet it, and whether they are open, where it is
+            the connection that says when it is closed.
         complete: Whether a pool that was only sighted can be identified yet.
         discover: Sight what existed before we came.
         anchor: From a pool to its id, and to what lives as long as it and can be referenced weakly.
         pools_of: From what a user holds (an engine, a client) to its pools; raises TypeError if it is nothing of ours.
         name_pool: Remember the name a user gives a pool.
+        leases: The ids of what stands for a pool's loans, of the living ones at least.
         withheld: Names of metrics that somebody else emits for the pools of this name, asked at every collection.
     """
 
@@ -66,12 +72,13 @@ class Target:
     identify: Callable[[Any], Identity]
     read: Callable[[Any, Watch], Snapshot]
     hooks: Mapping[str, tuple[Row, ...]]
-    members: Callable[[Any], Iterable[Any]] = _none
+    members: Callable[[Any], Iterable[tuple[Any, bool]]] = _none
     complete: Callable[[Any], bool] = _always
     discover: Callable[[Registry], None] = _nothing
     anchor: Callable[[Any], tuple[int, Any]] = _by_id
     pools_of: Callable[[Any], Iterable[Any]] = _itself
     name_pool: Callable[[Any, str], None] | None = None
+    leases: Callable[[Any, Watch], Iterable[int]] = _connections
     withheld: Callable[[Registry, Ledger], Collection[str]] = _nobody
 
 

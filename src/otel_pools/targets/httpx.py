@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from .. import _vocabulary as words
 from .._hooks import Row, either, make, optional
 from .._model import Identity, Load, Origin, Snapshot
-from .._visits import dial, drop, leave, visit, wait
+from .._visits import dial, drop, leave, visit, visit_of, wait
 from . import Target
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def read(pool: Any, _: Watch) -> Snapshot:
     """
     open = [(connection, _inner(connection)) for connection in list(pool.connections)]
     open = [(connection, inner) for connection, inner in open if not inner.is_closed()]
-    requests = list(pool._requests)
+    requests = [one for one in list(pool._requests) if not _has_left(one)]
     served = Counter(id(one.connection) for one in requests if one.connection is not None)
     idle = {id(connection) for connection, inner in open if inner.is_idle()}
     streams, waiting, most = _streams(pool, open, served)
@@ -137,6 +137,17 @@ def read(pool: Any, _: Watch) -> Snapshot:
         streams_max=most,
         origins=_by_origin((connection for connection, _ in open), idle, requests),
     )
+
+
+def _has_left(one: Any) -> bool:
+    """Whether a request is over, though its pool holds on to it: as when its close was cancelled."""
+    visit = visit_of(one.request)
+    return visit is not None and visit.has_left
+
+
+def leases(pool: Any, _: Watch) -> Iterable[int]:
+    """The visits of its requests."""
+    return [id(visit) for one in list(pool._requests) if (visit := visit_of(one.request)) is not None]
 
 
 def _limit(most: int) -> int | None:
@@ -190,7 +201,9 @@ def _kinds(library: str) -> Iterable[type]:
 
 
 def established(connection: Any) -> bool:
-    """Whether there is a protocol spoken on it, or was."""
+    """Whether there is a protocol spoken on it, or was; in a tunnel, not just with the proxy."""
+    if not getattr(connection, "_connected", True):
+        return False
     inner = _inner(connection)
     return hasattr(inner, "_state") or hasattr(inner, "_events")
 
@@ -204,10 +217,21 @@ def refusal(error: BaseException) -> str | None:
 
 
 def why_ended(connection: Any) -> str | None:
-    """Why a connection is closed, after the server or the protocol had it so; None if it is open."""
+    """
+    Why a connection was closed at the end of an answer, or before it could be used; None if it is open.
+
+    Of HTTP/1.1 the protocol's own state says how far the server had come.
+    """
     if not connection.is_closed():
         return None
-    return words.GOAWAY if getattr(_inner(connection), "_connection_terminated", None) else words.SERVER
+    inner = _inner(connection)
+    if getattr(inner, "_connection_terminated", None):
+        return words.GOAWAY
+    theirs = repr(getattr(getattr(inner, "_h11_state", None), "their_state", None))
+    if theirs == "SEND_BODY":  # it had more to say: we did not want it, or could not have it
+        error = sys.exc_info()[0]
+        return words.CLOSED if error is None or issubclass(error, GeneratorExit) else words.FAILED
+    return {"ERROR": words.FAILED, "IDLE": words.EVICTED, "DONE": words.EVICTED}.get(theirs, words.SERVER)
 
 
 def why_dropped(connection: Any) -> str:
@@ -246,8 +270,8 @@ def _flavour(library: str, package: str, prefix: str, handle: str, close: str) -
     pool = f"{pools}:{prefix}ConnectionPool"
     yield visit(f"{pool}.{handle}", introduce=introduce, established=established, refusal=refusal, ended=why_ended)
     yield either(
-        wait(f"{pools}:{prefix}PoolRequest.wait_for_connection"),
-        wait(f"{pools}:RequestStatus.wait_for_connection"),  # up to 1.0.2
+        wait(f"{pools}:{prefix}PoolRequest.wait_for_connection", ended=why_ended),
+        wait(f"{pools}:RequestStatus.wait_for_connection", ended=why_ended),  # up to 1.0.2
     )
     yield either(
         leave(f"{pools}:PoolByteStream.{close}", request=attrgetter("_pool_request.request"), ended=why_ended),
@@ -272,6 +296,7 @@ TARGET = Target(
     complete=complete,
     discover=discover,
     pools_of=pools_of,
+    leases=leases,
     name_pool=name_pool,
     hooks={library: _rows(library) for library in LIBRARIES},
 )

@@ -155,11 +155,25 @@ def read(pool: Any, watch: Watch) -> Snapshot:
     closed ones too.
     """
     most = _limit(pool)
-    if getattr(pool, "pid", None) not in {None, os.getpid()}:
-        return Snapshot(0, 0, most, pending=0, orphaned=0)  # forked: the sockets are the parent's
-    used, free = _used(pool), _free(pool)
-    idle = sum(map(_is_open, free))
-    return Snapshot(len(used), idle, most, pending=_pending(pool, watch), orphaned=_missing(pool, used, free))
+    if _is_the_parents(pool):
+        return Snapshot(0, 0, most, pending=0, orphaned=0)
+    used, free = _used(pool, watch.leases), _free(pool)
+    missing = _missing(pool, used, free)
+    out = {id(connection) for connection in used}
+    idle = [connection for connection in free if id(connection) not in out and _is_open(connection)]
+    return Snapshot(
+        used=_own(used, watch), idle=_own(idle, watch), max=most, pending=_pending(pool, watch), orphaned=missing
+    )
+
+
+def _own(connections: list[Any], watch: Watch) -> int:
+    """How many are not another pool's, to whom they were given back by mistake, and which counts them."""
+    return sum(watch.owners.get(id(connection), watch) is watch for connection in connections)
+
+
+def _is_the_parents(pool: Any) -> bool:
+    """Whether this process was forked and has not used the pool yet, which starts over then."""
+    return getattr(pool, "pid", None) not in {None, os.getpid()}
 
 
 def _limit(pool: Any) -> int | None:
@@ -189,10 +203,11 @@ def _lying(pool: Any) -> list[Any]:
     return list(pool._available_connections) if line is None else _slots(line)
 
 
-def _used(pool: Any) -> list[Any]:
+def _used(pool: Any, leases: Collection[int] = ()) -> list[Any]:
+    """The connections that are out; one that was released twice, and lent again, is also among the free."""
     if isinstance(pool, Node) or _line(pool) is not None:
         made = pool.connections if isinstance(pool, Node) else pool._connections
-        free = {id(connection) for connection in _free(pool)}
+        free = {id(connection) for connection in _free(pool)}.difference(leases)
         return [connection for connection in list(made) if id(connection) not in free]
     out = pool._in_use_connections
     if isinstance(out, WeakSet):  # an asyncio pool after `reset()`; iterating over it runs Python code
@@ -250,9 +265,12 @@ def _is_open(connection: Any) -> bool:
     return bool(getattr(connection, "is_connected", True))
 
 
-def members(pool: Any) -> Iterable[Any]:
+def members(pool: Any) -> Iterable[tuple[Any, bool]]:
     """The connections a pool has when we first see it, free or out."""
-    return [part for connection in (*_used(pool), *_free(pool)) for part in _parts(connection)]
+    if _is_the_parents(pool):
+        return ()
+    parts = [part for connection in (*_used(pool), *_free(pool)) for part in _parts(connection)]
+    return [(part, not hasattr(part, "_conn") and _is_open(part)) for part in parts]
 
 
 def discover(registry: Registry) -> None:
@@ -539,6 +557,7 @@ def _rows(library: str) -> tuple[Row, ...]:
         disconnect(f"{connection}.disconnect", is_open=sync_open, reason=why_closed),
         disconnect(f"{aio}:AbstractConnection.disconnect", is_open=async_open, reason=why_closed),
         acquire(f"{node}.acquire_connection", lease=_lend, refusal=refusal),
+        make(f"{node}.acquire_connection", parts=_parts),
         optional(take_back(f"{node}.release", out=_out)),  # from 6.4 on
         _Call(f"{node}.execute_command"),
         _Call(f"{node}.execute_pipeline"),

@@ -209,13 +209,13 @@ def _loop_queue(line: Any) -> Any:
     return getattr(line, "__dict__", {}).get("_queue")
 
 
-def members(pool: Pool) -> Iterable[Any]:
+def members(pool: Pool) -> Iterable[tuple[Any, bool]]:
     """The records that lie in a pool when we first see it; those that are out come back through `checkin`."""
     line = getattr(pool, "_pool", None)
     queued = getattr(line, "queue", None) or getattr(_loop_queue(line), "_queue", None) or ()
     single = vars(pool).get("connection") or getattr(pool, "_conn", None)
     return [
-        record
+        (record, False)
         for record in (*list(queued), *list(getattr(pool, "_all_conns", ())), single)
         if isinstance(record, _ConnectionRecord)
     ]
