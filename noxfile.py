@@ -18,8 +18,21 @@ nox.options.error_on_missing_interpreters = False
 nox.options.sessions = ["lint", "tests", "targets", "oldest", "wheel"]
 
 # Oldest supported, where they changed how their pools work, and newest but one; the newest is in `tests`.
-SLICE = ["sqlalchemy==2.0.0", "sqlalchemy==2.0.*", "redis==5.0.0", "redis==6.4.*", "redis==7.4.*"]
-MATRIX = [*SLICE, "redis==5.0.1", "redis==5.2.*", "redis==5.3.*", "redis==7.1.*", "redis==8.0.*", "valkey==6.0.*"]
+SLICE = [
+    *("sqlalchemy==2.0.0", "sqlalchemy==2.0.*"),
+    *("redis==5.0.0", "redis==6.4.*", "redis==7.4.*"),
+    *("httpx==0.24.*", "httpx2==2.0.*"),
+]
+MATRIX = [
+    *SLICE,
+    *("redis==5.0.1", "redis==5.2.*", "redis==5.3.*", "redis==7.1.*", "redis==8.0.*", "valkey==6.0.*"),
+    *("httpx==0.25.*", "httpx==0.27.*", "httpx2==2.8.*"),
+]
+# Whose tests a library has a part in.
+TESTS = {"sqlalchemy": "sqlalchemy", "redis": "redis", "valkey": "redis", "httpx": "httpx", "httpx2": "httpx"}
+# Where two libraries have one target, each test is there for both.
+ONLY = {"redis": ("-k", "not valkey"), "httpx": ("-k", "not httpx2"), "httpx2": ("-k", "httpx2")}
+EXTRAS = {"sqlalchemy": "sqlalchemy[asyncio]", "httpx": "httpx[http2]", "httpx2": "httpx2[http2]"}
 # Where we touch the API, the SDK or the loader.
 OPENTELEMETRY = [f"tests/test_{room}.py" for room in ("instruments", "merge", "doors", "spans", "watch")]
 
@@ -57,13 +70,9 @@ def matrix(session: nox.Session, version: str) -> None:
 def _on(session: nox.Session, version: str) -> None:
     library = version.partition("=")[0]
     session.install("-e", ".[demo]", *nox.project.dependency_groups(PROJECT, "test"))
-    session.install(version.replace("sqlalchemy", "sqlalchemy[asyncio]"))
-    table = "sqlalchemy" if library == "sqlalchemy" else "redis"
-    # Each test of redis-py's is also one of valkey-py's, which is the same every time.
-    other = {"redis": ("-k", "not valkey"), "valkey": ("-k", "valkey")}.get(library, ())
-    session.run(
-        "pytest", f"tests/targets/test_{table}.py", f"tests/targets/test_{table}_truth.py", *other, *session.posargs
-    )
+    session.install(version.replace(library, EXTRAS.get(library, library)))
+    files = [f"tests/targets/test_{TESTS[library]}{part}.py" for part in ("", "_truth")]
+    session.run("pytest", *files, *ONLY.get(library, ()), *session.posargs)
 
 
 @nox.session(python=MAIN)
@@ -99,3 +108,4 @@ def bench(session: nox.Session) -> None:
     session.install("-e", ".[demo]", *nox.project.dependency_groups(PROJECT, "test"))
     session.run("python", "benchmarks/cycle.py", *session.posargs)
     session.run("python", "benchmarks/redis_cycle.py", *session.posargs)
+    session.run("python", "benchmarks/httpx_cycle.py", *session.posargs)

@@ -16,7 +16,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "supabase_pools.py"
 
 
 def test_it_shows_what_the_clients_really_have():
-    """A Supabase client is four pools of httpx's defaults, or one of ours; a Pinecone index is one of its own limits."""
+    """A Supabase client is four pools with the defaults of httpx, or one of ours; a Pinecone index is one."""
     ran = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, check=True, timeout=60)
     said = {line.split()[0]: [int(n) for n in re.findall(r" (\d+)", line)] for line in ran.stdout.splitlines()}
 

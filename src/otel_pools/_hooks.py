@@ -523,8 +523,7 @@ def disconnect(where: str, *, is_open: Pick, reason: Callable[[], str]) -> Hook:
         def shut(connection: Any) -> None:
             try:
                 watch = owners.get(id(connection)) if is_open(connection) else None
-                # It takes an asyncio connection a moment to be closed, in which it may be told to twice.
-                if watch is not None and watch.has_open(connection):
+                if watch is not None:
                     watch.shut(id(connection), reason())
             except Exception as mistake:
                 lost_quietly("a close", mistake)

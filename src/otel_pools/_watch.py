@@ -296,18 +296,19 @@ class Watch:
 
         return ended
 
-    def has_open(self, connection: Any) -> bool:
-        """Whether we have seen *connection* being opened and not closed, or it is being opened."""
-        passage = _passage.get()
-        return id(connection) in self.opened or (passage is not None and passage.creating and not passage.created)
-
     def shut(self, key: int, reason: str) -> None:
-        """A connection that may be opened again was closed, or was lost while open."""
+        """
+        A connection was closed that we have seen being opened, or it is closed while it is being opened.
+
+        Who takes it from `opened` counts it: two may close it at once.
+        """
         since = self.opened.pop(key, None)
+        passage = _passage.get()
         if since is not None:
             self.ledger.outbox.lives.append(clock() - since)
+        elif passage is None or not passage.creating or passage.created:
+            return
         self.closed(reason)
-        passage = _passage.get()
         if passage is not None and passage.creating:
             passage.created = True
 

@@ -319,7 +319,7 @@ def test_surplus(play, web):
         await stage.at_once([web.url("/slow?0.2")] * 4)
         now = await stage.is_true(0, 1, web)
 
-        assert now.closed() == stage.reasons(evicted=3)
+        assert now.closed() == {"evicted": 3}
         assert now.value("otel_pools.connection.created") == web.accepted == 4
 
     play(scenario, max_keepalive_connections=1)
@@ -680,7 +680,8 @@ def test_cancelled_after_every_step(play, web):
         stage.telemetry.read()
         now = stage.telemetry.read()
         lost = now.value("otel_pools.connection.orphaned")
-        served = {id(one.connection) for one in stage.pool._requests if not one.connection.is_closed()}
+        under_way = [one for one in stage.pool._requests if not target._has_left(one)]
+        served = {id(one.connection) for one in under_way if not one.connection.is_closed()}
 
         assert 50 <= now.value("otel_pools.checkouts") == now.value("http.client.request.time_in_queue")
         assert now.value("otel_pools.wait.oldest") == 0
@@ -1072,6 +1073,8 @@ def test_closed_client(play, web):
     async def scenario(stage):
         await stage.at_once([web.url("/slow?0.1")] * 3)
         await stage.shut()
+        if not stage.tells_reasons:
+            await asyncio.sleep(0.1)  # a thread may still let go of an answer, and with it of a connection
         now = await stage.is_true(0, 0, web)
 
         assert now.closed() == stage.reasons(dispose=3)
