@@ -46,9 +46,17 @@ def called(pool):
     return re.sub(r"127\.0\.0\.1:\d+", "prices", pool)
 
 
+def ask(process, question):
+    """What the process says to it; an empty answer if it is gone."""
+    try:
+        return getattr(process, question)()
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def running_programs(family, *programs):
     """Of these processes those that run our programs, in their order."""
-    lines = {" ".join(process.cmdline()): process for process in family}
+    lines = {" ".join(ask(process, "cmdline")): process for process in family}
     return [process for program in programs for line, process in lines.items() if program in line]
 
 
@@ -119,7 +127,7 @@ def test_one_cycle_shows_the_pools_run_dry(demo):
     """Without a terminal it runs one cycle, shows the timeouts of its burst, and ends well with nothing left."""
     running = demo()
     started = running.read_until("received")
-    names = {process.name() for process in running.family}
+    names = {ask(process, "name") for process in running.family}
     servers = running_programs(running.family, "_prices.py")
     status, said, errors = running.wait()
 
@@ -148,7 +156,7 @@ def test_a_signal_leaves_nothing_behind(demo, name):
     """Whichever signal ends it in the middle: no process, no file; Ctrl-C is the way out and no failure."""
     running = demo("--seconds", "600")
     running.read_until("shop ")
-    names = {process.name() for process in running.family}
+    names = {ask(process, "name") for process in running.family}
     running.process.send_signal(getattr(signal, name))
     status, _, errors = running.wait()
 
@@ -252,7 +260,11 @@ def test_our_programs_end_when_we_are_killed(demo):
     running = demo("--seconds", "600", OTEL_EXPORTER_OTLP_TIMEOUT="1")
     running.read_until("shop ")
     ours = running_programs(running.family, "_load.py", "_prices.py")
-    servers = [process for process in running.family if "-D" in process.cmdline() or process.name() == "valkey-server"]
+    servers = [
+        process
+        for process in running.family
+        if "-D" in ask(process, "cmdline") or ask(process, "name") == "valkey-server"
+    ]
     running.process.kill()
     running.process.wait()
     try:

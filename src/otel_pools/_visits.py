@@ -36,42 +36,54 @@ class Visit:
     refused: BaseException | None = None
     context: Any = None
     since = 0.0
+    ticket: tuple[dict[int, float], int] | None = None  # where it waits, if it does
+    start = 0.0
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
-        self.waiting = waiting = watch.waiting
-        self.ticket = ticket = next(tickets)
-        waiting[ticket] = self.start = clock()
 
     def __repr__(self) -> str:
         return f"<Visit of {self.watch.ledger.identity.name}, {'served' if self.since else 'waiting'}, {self.path}>"
 
     def __del__(self) -> None:
-        if self.connection is not None or not self.since:
-            self.waiting.pop(self.ticket, None)
+        if self.connection is not None:
             self.watch.leases.pop(id(self), None)
+        self.waits_no_more()
 
     @property
     def has_left(self) -> bool:
         """Whether it is over, though the pool may not know: a cancelled close never tells it."""
         return self.since > 0.0 and self.connection is None
 
+    def queues(self) -> float:
+        """It stands in line from now on, and perhaps not for the first time; its wait began when it first did."""
+        now = clock()
+        self.start = self.start or now
+        waiting, ticket = self.watch.waiting, next(tickets)
+        waiting[ticket] = self.start
+        self.ticket = waiting, ticket
+        return now
+
     def queued(self, seconds: float) -> None:
         """It stood in line for so long; the pool may send it there more than once."""
         self.path = words.QUEUED
         self.waited += seconds
+        self.waits_no_more()
+
+    def waits_no_more(self) -> None:
+        """It got a connection, or gave up."""
+        if self.ticket is not None:
+            waiting, ticket = self.ticket
+            waiting.pop(ticket, None)
+            self.ticket = None
 
     def served(self) -> None:
         """It has a connection, or may open one."""
         watch = self.watch
-        if not self.since:
-            self.waiting.pop(self.ticket, None)
-            leases = watch.leases
-            leases[id(self)] = self.since = clock()
-            if len(leases) > watch.ledger.peak:
-                watch.ledger.peak = len(leases)
-            if len(watch.waits) > LIMIT:
-                watch.ledger.outbox.spill()
+        leases = watch.leases
+        leases[id(self)] = self.since = clock()
+        if len(leases) > watch.ledger.peak:
+            watch.ledger.peak = len(leases)
         if self.waited and self.waited >= watch.slow and self.context is None:
             # Now, as the answer may take its time: a span is back-dated from when it is written.
             self.context = watch.span(self.waited, self.path, None)
@@ -79,8 +91,8 @@ class Visit:
     def sent_back(self) -> None:
         """The connection it got was of no use, and it asks again."""
         self.watch.leases.pop(id(self), None)
+        self.start = self.start or self.since
         self.since, self.connection = 0.0, None
-        self.waiting[self.ticket] = self.start
 
     def opened(self, seconds: float) -> None:
         """It has opened its connection."""
@@ -124,8 +136,10 @@ class Visit:
         self.left()
 
     def _refuse(self, error: BaseException, refusal: Refusal) -> None:
-        watch, seconds = self.watch, clock() - self.start
-        self.waiting.pop(self.ticket, None)
+        watch, seconds = self.watch, self.waited
+        if self.since:
+            seconds += clock() - self.since
+        self.waits_no_more()
         if self.connection is not None and self.path == IDLE:
             self.path = words.NEW
         if type(error).__qualname__ in ABANDONED:
@@ -207,7 +221,10 @@ def _handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed
             failed(arrived, error)
             raise
         if arrived.path is IDLE and id(arrived.connection) in watch.opened:
-            watch.waits.append(0.0)
+            waits = watch.waits
+            waits.append(0.0)
+            if len(waits) > LIMIT:
+                watch.ledger.outbox.spill()
         else:
             _answered(arrived)
         return response
@@ -231,7 +248,10 @@ def _async_handle(original: Callable[..., Any], find: Find, meet: Meet, failed: 
             failed(arrived, error)
             raise
         if arrived.path is IDLE and id(arrived.connection) in watch.opened:
-            watch.waits.append(0.0)
+            waits = watch.waits
+            waits.append(0.0)
+            if len(waits) > LIMIT:
+                watch.ledger.outbox.spill()
         else:
             _answered(arrived)
         return response
@@ -274,14 +294,17 @@ def _line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
         if arrived is None or arrived.since or place.connection is None:
             return stand_in_line(arrived, place, *args, **kwargs)
         arrived.connection = connection = original(place, *args, **kwargs)
-        _served(arrived)
+        watch = arrived.watch
+        leases = watch.leases
+        leases[id(arrived)] = arrived.since = clock()
+        if len(leases) > watch.ledger.peak:
+            watch.ledger.peak = len(leases)
         return connection
 
     def stand_in_line(arrived: Visit | None, place: Any, *args: Any, **kwargs: Any) -> Any:
         if arrived is None:
             return original(place, *args, **kwargs)
-        _sent_back(arrived, ended)
-        start = None if place.connection is not None else clock()
+        start = _begin(arrived, place, ended)
         try:
             connection = original(place, *args, **kwargs)
         finally:
@@ -300,14 +323,17 @@ def _async_line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., A
         if arrived is None or arrived.since or place.connection is None:
             return await stand_in_line(arrived, place, *args, **kwargs)
         arrived.connection = connection = await original(place, *args, **kwargs)
-        _served(arrived)
+        watch = arrived.watch
+        leases = watch.leases
+        leases[id(arrived)] = arrived.since = clock()
+        if len(leases) > watch.ledger.peak:
+            watch.ledger.peak = len(leases)
         return connection
 
     async def stand_in_line(arrived: Visit | None, place: Any, *args: Any, **kwargs: Any) -> Any:
         if arrived is None:
             return await original(place, *args, **kwargs)
-        _sent_back(arrived, ended)
-        start = None if place.connection is not None else clock()
+        start = _begin(arrived, place, ended)
         try:
             connection = await original(place, *args, **kwargs)
         finally:
@@ -320,14 +346,17 @@ def _async_line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., A
     return line_up
 
 
-def _sent_back(arrived: Visit, ended: Pick) -> None:
+def _begin(arrived: Visit, place: Any, ended: Pick) -> float | None:
+    """When it began to stand in line; None if it has its connection already."""
     try:
         if arrived.since:
             connection = arrived.connection
             arrived.sent_back()
             _closed(arrived.watch, connection, ended)
+        return None if place.connection is not None else arrived.queues()
     except Exception as mistake:
-        lost_quietly("a second wait", mistake)
+        lost_quietly("a queue", mistake)
+        return None
 
 
 def _queued(arrived: Visit, seconds: float) -> None:

@@ -1,0 +1,129 @@
+"""The verbs of a request: they count, say what they are, and never come between a host and its own errors."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from otel_pools import _guard, _visits
+from otel_pools._config import Settings
+from otel_pools._model import Identity, Snapshot
+from otel_pools._registry import Registry
+from otel_pools._visits import KEY, Visit
+from otel_pools.targets import Target
+
+
+class Pool:
+    """Something that carries requests."""
+
+
+class Request:
+    """A request as httpcore's: a plain object."""
+
+
+class Slotted:
+    """A request that takes no attribute of ours."""
+
+    __slots__ = ()
+
+
+@pytest.fixture
+def registry():
+    """A registry whose pools are all called one."""
+    target = Target("test", lambda _: Identity("lib", None, "one"), lambda *_: Snapshot(), {})
+    return Registry(target, Settings(), SimpleNamespace(threshold=1.0, waited=lambda *_: None))
+
+
+def visit(original, registry, **changed):
+    """The twin of a pool's method."""
+    table = {
+        "introduce": lambda *_: None,
+        "established": lambda _: True,
+        "refusal": lambda _: None,
+        "ended": lambda _: None,
+        **changed,
+    }
+    return _visits.visit("m:Pool.handle", **table).compile(original, registry)
+
+
+def test_a_visit_says_how_far_it_is(registry):
+    """Its repr has the pool, whether it was served, and the path."""
+    arrived = Visit(registry.meet(Pool()))
+    waiting = repr(arrived)
+    arrived.connection = object()
+    arrived.served()
+
+    assert waiting == "<Visit of one, waiting, idle>"
+    assert repr(arrived) == "<Visit of one, served, idle>"
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_a_visit_that_is_dropped_neither_waits_nor_holds(registry, served):
+    """A request that is garbage-collected is no waiter and no holder any more."""
+    pool = Pool()
+    watch = registry.meet(pool)
+    arrived = Visit(watch)
+    if served:
+        arrived.connection = object()
+        arrived.served()
+    before = len(watch.waiting), len(watch.leases)
+    del arrived
+
+    assert before == (0, 1) if served else (1, 0)
+    assert (watch.waiting, watch.leases) == ({}, {})
+
+
+def test_a_request_without_room_for_us_goes_through(registry, monkeypatch):
+    """A request that takes no attribute is carried, uncounted, and nobody waits for ever."""
+    monkeypatch.setattr(_guard, "loud", False)
+    pool = Pool()
+
+    assert visit(lambda *_: "answer", registry)(pool, Slotted()) == "answer"
+    assert registry.meet(pool).waiting == {}
+
+
+@pytest.mark.parametrize("broken", ["introduce", "established", "refusal", "ended"])
+def test_a_mistake_of_ours_is_not_the_hosts(registry, monkeypatch, broken):
+    """Whatever fails in the table, the host gets its own error, the very same object."""
+    monkeypatch.setattr(_guard, "loud", False)
+    theirs = LookupError("theirs")
+
+    def fail(*_):
+        raise theirs
+
+    twin = visit(fail, registry, **{broken: lambda *_: 1 / 0})
+    with pytest.raises(LookupError) as caught:
+        twin(Pool(), Request())
+
+    assert caught.value is theirs
+
+
+def test_a_mistake_of_ours_does_not_spoil_an_answer(registry, monkeypatch):
+    """If an answer cannot be counted, it is given all the same."""
+    monkeypatch.setattr(_guard, "loud", False)
+    monkeypatch.setattr(Visit, "answered", lambda _: 1 / 0)
+
+    assert visit(lambda *_: "answer", registry)(Pool(), Request()) == "answer"
+
+
+def test_coroutine_functions_have_coroutine_functions_for_twins(registry):
+    """An asyncio pool's method is awaited like before."""
+
+    async def handle(pool, request):
+        await asyncio.sleep(0)
+        return getattr(request, KEY).path
+
+    assert asyncio.run(visit(handle, registry)(Pool(), Request())) == "idle"
+
+
+def test_a_request_that_comes_by_itself_is_left_alone():
+    """A place in line, a body and a connection whose request we have not seen are passed through."""
+    request = Request()
+    place = SimpleNamespace(request=request, connection=None)
+    row = _visits.wait("m:Place.wait", ended=lambda _: None).compile(lambda *_, **__: "connection", None)
+    dial = _visits.dial("m:Connection._connect").compile(lambda *_: "stream", None)
+    body = _visits.leave("m:Body.close", request=lambda body: body, ended=lambda _: None).compile(lambda _: "ok", None)
+
+    assert (row(place, timeout=1), dial(object(), request), body(request)) == ("connection", "stream", "ok")
