@@ -31,7 +31,7 @@ with engine.connect() as connection:
 def run(*command, **variables):
     """Run a Python program in a process of its own, with these variables and no other of OpenTelemetry's."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")}
-    env |= {"OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "sqlalchemy", **variables}
+    env |= {"OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "sqlalchemy,httpx,httpx2", **variables}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,9 @@ from sqlalchemy.pool import QueuePool
 
 import otel_pools
 from otel_pools import _doors, _guard
-from otel_pools._watch import Passage, age
+from otel_pools._model import Identity, Load, Origin, Snapshot
+from otel_pools._outbox import Histograms
+from otel_pools._watch import Ledger, Passage, Watch, age
 
 
 class Stub:
@@ -124,3 +128,113 @@ def test_age():
     """The oldest is the earliest; nobody is 0 seconds old."""
     assert age([3.0, 1.0], 4.0) == 3.0
     assert age([], 4.0) == 0.0
+
+
+# -- a watch by itself ---------------------------------------------------------------
+
+
+class Thing:
+    """A pool, or a connection."""
+
+
+@pytest.fixture
+def watch():
+    """Our record of a pool that says what `reading` holds."""
+    spans = SimpleNamespace(threshold=1.0, waited=lambda *_: None)
+    pool = Thing()
+    watch = Watch(weakref.ref(pool), Ledger(Identity("lib", "sys", "one")), lambda *_: reading[0], spans, {})
+    reading = [Snapshot(used=0, orphaned=0)]
+    yield SimpleNamespace(watch=watch, reading=reading, outbox=watch.ledger.outbox)
+    del pool
+
+
+def test_asyncio_waits_are_bounded(watch, monkeypatch):
+    """If nobody collects, what asyncio pools append is dropped and counted too."""
+    monkeypatch.setattr("otel_pools._watch.LIMIT", 10)
+    for _ in range(25):
+        watch.watch.lent(time.perf_counter(), Thing(), None)
+
+    tally = watch.outbox.tally()
+
+    assert len(watch.watch.waits) <= 10
+    assert tally.dropped + len(watch.watch.waits) == 25
+
+
+def test_what_is_missing_once_is_on_its_way(watch):
+    """A place is lost when two readings in a row miss it, and is back as soon as one does not."""
+    told = []
+    for missing in (0, 2, 1, 3, 0):
+        watch.reading[0] = Snapshot(used=0, orphaned=missing)
+        told.append(watch.watch.snapshot().orphaned)
+
+    assert told == [0, 0, 1, 1, 0]
+
+
+def test_a_collected_connection_is_closed_once(watch):
+    """A connection that the collector closes is counted, and is nothing to one that is just being opened."""
+    one, other = Thing(), Thing()
+    watch.watch.met(one)
+    watch.watch.opening(one)(True, None)
+    opened = watch.watch.opening(other)
+    del one
+    opened(False, ConnectionError())
+
+    tally = _told(watch.outbox)
+
+    assert (tally.created, tally.closed) == (1, {"closed": 1})
+
+
+def test_a_connection_that_two_close_is_closed_once(watch):
+    """Whoever comes second finds it closed."""
+    connection = Thing()
+    watch.watch.opening(connection)(True, None)
+    for _ in range(2):
+        watch.watch.shut(id(connection), "dispose")
+
+    assert _told(watch.outbox).closed == {"dispose": 1}
+
+
+def test_what_is_closed_while_it_opens_was_opened(watch):
+    """A connection that fails in its handshake was opened and closed."""
+    connection = Thing()
+    ended = watch.watch.opening(connection)
+    watch.watch.shut(id(connection), "error")
+    ended(False, ConnectionError())
+
+    tally = _told(watch.outbox)
+
+    assert (tally.created, tally.closed) == (1, {"error": 1})
+
+
+def _told(outbox):
+    outbox.deliver(Histograms(None, None, None, None), {})
+    return outbox.tally()
+
+
+def test_a_pool_takes_its_leases_to_its_new_name(watch):
+    """Who holds a connection holds it under the new name, and those of another pool stay."""
+    mine, theirs = Thing(), Thing()
+    for held in (mine, theirs):
+        watch.watch.lent(time.perf_counter(), held, None)
+    old, new = watch.watch.ledger, Ledger(Identity("lib", "sys", "two"))
+    watch.watch.move(new, [id(mine)])
+
+    assert (list(old.leases), list(new.leases)) == ([id(theirs)], [id(mine)])
+    assert watch.watch.leases is new.leases
+
+
+def test_an_origin_that_has_nothing_left_is_told_as_nothing(monkeypatch):
+    """Who keeps the last value of a series hears that it is over; but not for ever of very many."""
+    monkeypatch.setattr("otel_pools._watch.ORIGINS", 2)
+    ledger = Ledger(Identity("lib", None, "one"))
+    here, there = Origin("https", "here", 443), Origin("https", "there", 443)
+
+    first = ledger.with_former({here: Load(1, 0, 1)})
+    second = ledger.with_former({there: Load(0, 1, 0)})
+    for number in range(10):
+        last = ledger.with_former({Origin("https", str(number), 443): Load(1, 0, 0)})
+
+    assert first == {here: Load(1, 0, 1)}
+    assert second == {here: Load(), there: Load(0, 1, 0)}
+    assert len(last) <= 3
+    assert ledger.with_former(None) is None

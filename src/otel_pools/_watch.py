@@ -227,6 +227,8 @@ class Watch:
             self.ledger.peak = max(self.ledger.peak, len(self.leases))
             if _passage.get() is None and end - start < self.slow:
                 self.waits.append(end - start)
+                if len(self.waits) > LIMIT:
+                    self.ledger.outbox.spill()
             else:
                 self.acquired(start, end - start)
         except Exception as mistake:
@@ -303,14 +305,14 @@ class Watch:
         Who takes it from `opened` counts it: two may close it at once.
         """
         since = self.opened.pop(key, None)
-        passage = _passage.get()
         if since is not None:
             self.ledger.outbox.lives.append(clock() - since)
-        elif passage is None or not passage.creating or passage.created:
-            return
-        self.closed(reason)
-        if passage is not None and passage.creating:
+        else:
+            passage = _passage.get()
+            if passage is None or not passage.creating or passage.created:
+                return
             passage.created = True
+        self.closed(reason)
 
     def created(self, start: float) -> None:
         """A connection was opened."""
