@@ -95,6 +95,7 @@ class Connection(asyncio.Protocol):
         self.server.connections.discard(self)
         for task in self.tasks:
             task.cancel()
+        self.transport.close()  # for Python 3.10, whose TLS transport does not notice by itself that it is over
 
     def start(self, coroutine):
         task = self.server.ground.loop.create_task(coroutine)

@@ -66,7 +66,7 @@ def _sentinel(pool: Any) -> str:
 
 def complete(pool: Any) -> bool:
     """A pool is made before Sentinel's part of it."""
-    return "connection_kwargs" in dir(pool) and ("Sentinel" not in type(pool).__name__ or hasattr(pool, "is_master"))
+    return hasattr(pool, "connection_kwargs") and ("Sentinel" not in type(pool).__name__ or hasattr(pool, "is_master"))
 
 
 class Node:
