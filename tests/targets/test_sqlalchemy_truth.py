@@ -515,7 +515,8 @@ def test_task_storm_with_cancellation(flavour, telemetry):
         assert now.count("used") == 0
         assert now.value("otel_pools.checkouts") == attempts
         assert now.value("otel_pools.checkouts", error__type="cancelled") > 0
-        assert stage.flavour.settles(now.count("idle"))
+        # Where SQLAlchemy drops connections unclosed, the server keeps some that are nobody's.
+        assert stage.flavour.settles(now.count("idle")) or (LOSES and stage.flavour.open() > now.count("idle"))
         lost = now.value("otel_pools.connection.created") - sum(now.closed().values()) - now.count("idle")
         assert lost == 0 or (LOSES and lost > 0)
         await engine.dispose()
