@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 import otel_pools
@@ -99,3 +101,19 @@ def test_either_says_all_that_was_looked_for(registry):
 def test_an_optional_row_may_be_missing(registry):
     """A row for a method that comes and goes with versions is no loss."""
     _hooks.optional(_row(f"{__name__}:Thing.missing")).install(registry)()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_connection_we_cannot_read_is_opened(registry, is_async):
+    """If we cannot tell whether a connection is open, it is opened as without us."""
+
+    def connect(_):
+        return "stream"
+
+    async def async_connect(_):
+        return "stream"
+
+    row = _hooks.connect("m:C.connect", is_open=broken)
+    opened = row.compile(async_connect if is_async else connect, registry)(Pool())
+
+    assert (asyncio.run(opened) if is_async else opened) == "stream"

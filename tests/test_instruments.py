@@ -12,6 +12,7 @@ import pytest
 from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider, ObservableCounter
 from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
 from opentelemetry.sdk.metrics.view import DropAggregation, ExplicitBucketHistogramAggregation, View
+from sqlalchemy import create_engine
 from sqlalchemy.pool import QueuePool
 
 import otel_pools
@@ -268,3 +269,15 @@ def test_what_broke_on_the_release_path_is_said_at_collection(pool, telemetry, m
     telemetry.read()
 
     assert (before, caplog.text.count("a checkin: ZeroDivisionError")) == ("", 1)
+
+
+def test_a_pool_met_by_the_collection_is_told_like_any_other(telemetry):
+    """The first export of a pool that nobody has used yet has its own column, without what the user has excluded."""
+    otel_pools.instrument("sqlalchemy", meter_provider=telemetry.meter_provider, metrics_exclude=("otel_pools.pools",))
+    engine = create_engine("sqlite://", poolclass=QueuePool)
+
+    told = set(telemetry.read().metrics)
+
+    assert "db.client.connection.max" in told
+    assert not {"otel_pools.pools", "otel_pools.connection.max", "otel_pools.connection.pending_requests"} & told
+    engine.dispose()

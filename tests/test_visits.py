@@ -127,3 +127,20 @@ def test_a_request_that_comes_by_itself_is_left_alone():
     body = _visits.leave("m:Body.close", request=lambda body: body, ended=lambda _: None).compile(lambda _: "ok", None)
 
     assert (row(place, timeout=1), dial(object(), request), body(request)) == ("connection", "stream", "ok")
+
+
+@pytest.mark.parametrize("lacks", ["request", "connection"])
+def test_a_place_in_line_of_another_make_is_waited_in(registry, lacks, monkeypatch):
+    """If a place in line has other attributes than we know, its request waits and is served as without us."""
+    monkeypatch.setattr(_guard, "loud", False)
+    request = Request()
+    setattr(request, KEY, Visit(registry.meet(Pool())))
+    place = SimpleNamespace(request=request, connection=None)
+    delattr(place, lacks)
+    row = _visits.wait("m:Place.wait", ended=lambda _: None)
+
+    async def line_up(*_):
+        return "connection"
+
+    assert row.compile(lambda *_: "connection", None)(place) == "connection"
+    assert asyncio.run(row.compile(line_up, None)(place)) == "connection"

@@ -469,49 +469,70 @@ def connect(where: str, *, is_open: Pick) -> Hook:
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
         owners = registry.owners
 
-        def begin(connection: Any) -> Callable[[BaseException | None], None]:
-            ended: Callable[[bool, BaseException | None], None] = _unknown
-            with guard("a creation"):
-                watch = owners.get(id(connection))
-                ended = _unknown if watch is None else watch.opening(connection)
+        def begin(connection: Any) -> Callable[[BaseException | None], None] | None:
+            watch = owners.get(id(connection))
+            return None if watch is None else _until_open(watch.opening(connection), connection, is_open)
 
-            def end(error: BaseException | None) -> None:
-                with guard("a creation"):
-                    ended(bool(is_open(connection)), error)
-
-            return end
-
-        def open(connection: Any, *args: Any, **kwargs: Any) -> Any:
-            if is_open(connection):
-                return original(connection, *args, **kwargs)
-            end = begin(connection)
-            try:
-                result = original(connection, *args, **kwargs)
-            except BaseException as error:
-                end(error)
-                raise
-            end(None)
-            return result
-
-        async def async_open(connection: Any, *args: Any, **kwargs: Any) -> Any:
-            if is_open(connection):
-                return await original(connection, *args, **kwargs)
-            end = begin(connection)
-            try:
-                result = await original(connection, *args, **kwargs)
-            except BaseException as error:
-                end(error)
-                raise
-            end(None)
-            return result
-
-        return async_open if inspect.iscoroutinefunction(original) else open
+        twin = _async_open if inspect.iscoroutinefunction(original) else _open
+        return twin(original, is_open, begin)
 
     return Hook("create", where, compile)
 
 
-def _unknown(is_open: bool, error: BaseException | None) -> None:
-    """Nobody's connection."""
+# From a connection to what to call at the end of opening it, with the error; None if it is nobody's.
+Begin = Callable[[Any], Callable[[BaseException | None], None] | None]
+
+
+def _until_open(
+    ended: Callable[[bool, BaseException | None], None], connection: Any, is_open: Pick
+) -> Callable[[BaseException | None], None]:
+    def end(error: BaseException | None) -> None:
+        with guard("a creation"):
+            ended(bool(is_open(connection)), error)
+
+    return end
+
+
+def _open(original: Callable[..., Any], is_open: Pick, begin: Begin) -> Callable[..., Any]:
+    def open(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        end = None
+        try:
+            if not is_open(connection):
+                end = begin(connection)
+        except Exception as mistake:
+            lost_quietly("a creation", mistake)
+        if end is None:
+            return original(connection, *args, **kwargs)
+        try:
+            result = original(connection, *args, **kwargs)
+        except BaseException as error:
+            end(error)
+            raise
+        end(None)
+        return result
+
+    return open
+
+
+def _async_open(original: Callable[..., Any], is_open: Pick, begin: Begin) -> Callable[..., Any]:
+    async def open(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        end = None
+        try:
+            if not is_open(connection):
+                end = begin(connection)
+        except Exception as mistake:
+            lost_quietly("a creation", mistake)
+        if end is None:
+            return await original(connection, *args, **kwargs)
+        try:
+            result = await original(connection, *args, **kwargs)
+        except BaseException as error:
+            end(error)
+            raise
+        end(None)
+        return result
+
+    return open
 
 
 def disconnect(where: str, *, is_open: Pick, reason: Callable[[], str]) -> Hook:

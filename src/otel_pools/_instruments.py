@@ -55,21 +55,13 @@ class Instruments:
         registry, self._readings = self.registry, []
         if registry is None:
             return
-        withheld = {}
         for ledger in list(registry.ledgers.values()):
             with _guard.guard("delivery"):
-                withheld[ledger.identity] = self._withheld(registry, ledger)
-                self._deliver(ledger, withheld[ledger.identity])
+                self._deliver(ledger, _withheld(registry, ledger))
+        # Asked again: taking the readings may meet a pool, whose name had nothing to deliver.
         self._readings = [
-            (ledger.identity, reading, withheld.get(ledger.identity, set())) for ledger, reading in registry.readings()
+            (ledger.identity, reading, _withheld(registry, ledger)) for ledger, reading in registry.readings()
         ]
-
-    def _withheld(self, registry: Registry, ledger: Ledger) -> Collection[str]:
-        return {
-            *registry.settings.metrics_exclude,
-            *registry.withheld(ledger),
-            *words.foreign(ledger.identity),
-        }
 
     def _deliver(self, ledger: Ledger, withheld: Collection[str]) -> None:
         # Not left to a view that drops it: the call would cost the same.
@@ -89,6 +81,14 @@ class Instruments:
             return observations
 
         return observe
+
+
+def _withheld(registry: Registry, ledger: Ledger) -> Collection[str]:
+    """What is not told of pools of this name: excluded by the user, of another column, or somebody else's to tell."""
+    withheld = {*registry.settings.metrics_exclude, *words.foreign(ledger.identity)}
+    with _guard.guard("what others tell"):
+        withheld.update(registry.target.withheld(registry, ledger))
+    return withheld
 
 
 def _observations(row: Metric, identity: Identity, reading: Reading) -> Iterable[Observation]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -131,10 +131,6 @@ class Registry:
         for ledger in list(self.ledgers.values()):
             with guard("a reading"):
                 yield ledger, _reading(ledger, *now.get(id(ledger), (Snapshot(), None)))
-
-    def withheld(self, ledger: Ledger) -> Collection[str]:
-        """The metrics that somebody else emits for the pools of this name."""
-        return self.target.withheld(self, ledger)
 
     # -- when things change ----------------------------------------------------
 

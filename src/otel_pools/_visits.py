@@ -290,8 +290,8 @@ def wait(where: str, *, ended: Pick) -> Hook:
 
 def _line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
     def line_up(place: Any, *args: Any, **kwargs: Any) -> Any:
-        arrived = getattr(place.request, KEY, None)
-        if arrived is None or arrived.since or place.connection is None:
+        arrived = getattr(getattr(place, "request", None), KEY, None)
+        if arrived is None or arrived.since or getattr(place, "connection", None) is None:
             return stand_in_line(arrived, place, *args, **kwargs)
         arrived.connection = connection = original(place, *args, **kwargs)
         watch = arrived.watch
@@ -319,8 +319,8 @@ def _line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
 
 def _async_line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
     async def line_up(place: Any, *args: Any, **kwargs: Any) -> Any:
-        arrived = getattr(place.request, KEY, None)
-        if arrived is None or arrived.since or place.connection is None:
+        arrived = getattr(getattr(place, "request", None), KEY, None)
+        if arrived is None or arrived.since or getattr(place, "connection", None) is None:
             return await stand_in_line(arrived, place, *args, **kwargs)
         arrived.connection = connection = await original(place, *args, **kwargs)
         watch = arrived.watch

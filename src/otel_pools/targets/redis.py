@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import sys
 import weakref
@@ -405,7 +406,8 @@ class _Call:
     def install(self, registry: Registry) -> Undo:
         """Wrap it, unless it calls `release`, which has a row of its own."""
         owner, name = resolve(self.where)
-        if "release" in vars(owner)[name].__code__.co_names:
+        code = getattr(inspect.unwrap(vars(owner)[name]), "__code__", None)
+        if code is None or "release" in code.co_names:
             return nothing
         return Hook(self.verb, self.where, self._compile).install(registry)
 
