@@ -183,7 +183,7 @@ def test_an_unknown_target_is_said(caplog):
     """A name we do not know is one line with those we do."""
     otel_pools.instrument("sqlalchmey")
 
-    assert "knows no target 'sqlalchmey' (there are: httpx, sqlalchemy, redis)" in caplog.text
+    assert "knows no target 'sqlalchmey' (there are: httpx, qdrant, redis, sqlalchemy)" in caplog.text
 
 
 def test_a_row_that_does_not_fit(monkeypatch, caplog, telemetry):

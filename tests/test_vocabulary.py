@@ -101,7 +101,7 @@ def test_the_readme_has_no_other_metric():
 def test_points_carry_only_their_keys(row):
     """The attributes of a row's points are among those it declares."""
     tally = Tally({("new", "timeout"): 1}, 1, 1, {"recycle": 1}, 1)
-    snapshot = Snapshot(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, {Origin("https", "api", 443): Load(1, 1, 1)})
+    snapshot = Snapshot(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, {Origin("https", "api", 443): Load(1, 1, 1)}, {"ready": 1})
     reading = Reading(snapshot, tally, 1, 1, 1.0, 1.0)
 
     points = list(row.points(reading))
@@ -140,6 +140,21 @@ def test_unknown_is_left_out():
 def test_snapshots_add_up():
     """Two pools together: numbers add, and a number only one can tell is that one's."""
     assert Snapshot(used=1, idle=2) + Snapshot(used=3, max=5) == Snapshot(used=4, idle=2, max=5)
+
+
+def test_channels_add_up():
+    """Two gRPC pools together have the channels of both, by state."""
+    both = Snapshot(channels={"ready": 1, "idle": 2}) + Snapshot(channels={"ready": 1})
+
+    assert both.channels == {"ready": 2, "idle": 2}
+
+
+def test_checkouts_without_a_path_stand_alone():
+    """Where nobody can tell how a checkout was served, no path is told, not even as zero."""
+    reading = Reading(Snapshot(), Tally({(None, None): 3, (None, "_OTHER"): 1}))
+    [row] = (row for row in words.METRICS if row.name == "otel_pools.checkouts")
+
+    assert list(row.points(reading)) == [(3, {}), (1, {"error.type": "_OTHER"})]
 
 
 def test_origins_add_up():

@@ -3,6 +3,7 @@
 from ._config import Settings
 from ._doors import (
     HTTPXPoolInstrumentor,
+    QdrantPoolInstrumentor,
     RedisPoolInstrumentor,
     SQLAlchemyPoolInstrumentor,
     instrument,
@@ -13,6 +14,7 @@ from ._version import __version__
 
 __all__ = [
     "HTTPXPoolInstrumentor",
+    "QdrantPoolInstrumentor",
     "RedisPoolInstrumentor",
     "SQLAlchemyPoolInstrumentor",
     "Settings",

@@ -107,8 +107,6 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
             return
         undo = ExitStack()
         cls._undo = undo
-        existed = {module for module in modules if module in sys.modules}
-
         attached: set[str] = set()
 
         def imported(module: Any) -> None:
@@ -117,14 +115,17 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
                 # One library may go by the name of another, as under `httpx2.alias_httpx()`.
                 if cls._undo is undo and module.__name__ not in attached:
                     attached.add(module.__name__)
-                    registry = cls._registry or cls._begin(undo, chosen, meter_provider, tracer_provider)
-                    _attach(registry, undo, module.__name__)
-                    if module.__name__ in existed:
-                        with guard(f"looking for pools of {self.library}"):
-                            registry.target.discover(registry)
+                    _attach(
+                        cls._registry or cls._begin(undo, chosen, meter_provider, tracer_provider),
+                        undo,
+                        module.__name__,
+                    )
 
         for module in modules:
             when_imported(module)(imported)
+        if cls._registry is not None:  # a module had been imported
+            with guard(f"looking for pools of {self.library}"):
+                cls._registry.target.discover(cls._registry)
 
     @classmethod
     def _begin(
@@ -180,10 +181,17 @@ class HTTPXPoolInstrumentor(PoolInstrumentor):
     library = "httpx"
 
 
+class QdrantPoolInstrumentor(PoolInstrumentor):
+    """Watches the gRPC channels of qdrant-client, and gives its HTTP pools their name; those need the httpx one too."""
+
+    library = "qdrant"
+
+
 INSTRUMENTORS: dict[str, type[PoolInstrumentor]] = {
     "httpx": HTTPXPoolInstrumentor,
-    "sqlalchemy": SQLAlchemyPoolInstrumentor,
+    "qdrant": QdrantPoolInstrumentor,
     "redis": RedisPoolInstrumentor,
+    "sqlalchemy": SQLAlchemyPoolInstrumentor,
 }
 
 
@@ -311,10 +319,10 @@ def _named(target: Target, thing: Any, name: str) -> bool:
         pools = target.pools_of(thing)
     except TypeError:
         return False
-    registry = INSTRUMENTORS[target.name]._registry
+    # As late as the rest of what only an app with pools needs.
+    from ._registry import renamed  # noqa: PLC0415  # as said
+
     for pool in pools:
-        if target.name_pool is not None:
-            target.name_pool(pool, name)
-        if registry is not None:
-            registry.rename(pool)
+        target.name_pool(pool, name)
+        renamed(pool)
     return True

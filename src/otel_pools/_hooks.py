@@ -597,3 +597,22 @@ def after(where: str, do: Callable[..., None]) -> Hook:
         return then
 
     return Hook("after", where, compile)
+
+
+def before(where: str, do: Callable[[Registry, Any], None]) -> Hook:
+    """A call, of a coroutine function or not, after which it is too late to learn something of the object."""
+
+    def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
+        def call(thing: Any, *args: Any, **kwargs: Any) -> Any:
+            with guard(where):
+                do(registry, thing)
+            return original(thing, *args, **kwargs)
+
+        async def async_call(thing: Any, *args: Any, **kwargs: Any) -> Any:
+            with guard(where):
+                do(registry, thing)
+            return await original(thing, *args, **kwargs)
+
+        return async_call if inspect.iscoroutinefunction(original) else call
+
+    return Hook("before", where, compile)

@@ -94,6 +94,7 @@ class Snapshot:
         streams_pending: Requests that have a connection, and wait for a stream of it.
         streams_max: The most streams its connections allow.
         origins: What each origin has of an HTTP pool.
+        channels: How many gRPC channels are in which state.
     """
 
     used: int | None = None
@@ -109,6 +110,7 @@ class Snapshot:
     streams_pending: int | None = None
     streams_max: int | None = None
     origins: Mapping[Origin, Load] | None = None
+    channels: Mapping[str, int] | None = None
 
     def __add__(self, other: Snapshot) -> Snapshot:
         """Both pools together: a number only one of them can tell is that one's."""
@@ -119,8 +121,8 @@ def _add(one: Any, other: Any) -> Any:
     if one is None or other is None:
         return other if one is None else one
     if isinstance(one, Mapping):
-        return {origin: one.get(origin, Load()).plus(other.get(origin, Load())) for origin in (*one, *other)}
-    return one + other
+        return {key: _add(one.get(key), other.get(key)) for key in (*one, *other)}
+    return one.plus(other) if isinstance(one, Load) else one + other
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +131,14 @@ class Tally:
     What has happened under one pool name since we first saw it.
 
     Attributes:
-        checkouts: How many attempts, by path (idle, new, queued) and error type (None: it worked).
+        checkouts: How many attempts, by path (idle, new, queued; None: nobody knows) and error type (None: it worked).
         timeouts: How many of them ended because the pool's own timeout did.
         created: Connections opened.
         closed: Connections closed, by reason.
         dropped: Samples we could not keep until somebody collected them.
     """
 
-    checkouts: Mapping[tuple[str, str | None], int] = field(default_factory=dict)
+    checkouts: Mapping[tuple[str | None, str | None], int] = field(default_factory=dict)
     timeouts: int = 0
     created: int = 0
     closed: Mapping[str, int] = field(default_factory=dict)

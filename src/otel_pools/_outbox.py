@@ -65,7 +65,7 @@ class Outbox:
         self.creates: list[float] = []
         self.closes: list[str] = []
         self.lives: list[float] = []  # how long those lived that were closed
-        self._checkouts: Counter[tuple[str, str | None]] = Counter()
+        self._checkouts: Counter[tuple[str | None, str | None]] = Counter()
         self._closed: Counter[str] = Counter()
         self._created = 0
         self._dropped = 0
@@ -86,6 +86,11 @@ class Outbox:
                 record_all(histogram, samples, identity)
         if histograms.wait is not None:
             _deliver_waits(histograms.wait, waits, notes, identity)
+
+    def counted(self, error: str | None, more: int) -> None:
+        """Add checkouts that somebody else has counted, whose path nobody knows; called inside a collection."""
+        with self._folding:
+            self._checkouts[None, error] += more
 
     def spill(self) -> None:
         """

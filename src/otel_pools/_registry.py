@@ -179,6 +179,12 @@ def _reading(ledger: Ledger, snapshot: Snapshot, pools: int | None) -> Reading:
 _alive: weakref.WeakSet[Registry] = weakref.WeakSet()
 
 
+def renamed(pool: Any) -> None:
+    """*pool* goes by another name from now on, whosever it is."""
+    for registry in list(_alive):
+        registry.rename(pool)
+
+
 def _after_fork() -> None:
     for registry in list(_alive):
         with guard("fork"):

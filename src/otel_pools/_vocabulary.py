@@ -29,6 +29,7 @@ SCHEME = "url.scheme"
 HTTP_STATE = "http.connection.state"
 ORIGIN = (SCHEME, ADDRESS, PORT)
 STREAM_STATE = "otel_pools.stream.state"
+GRPC_STATE = "otel_pools.grpc.state"
 
 # How a checkout got its connection (PATH).
 IDLE, NEW, QUEUED = "idle", "new", "queued"
@@ -36,6 +37,7 @@ PATHS = (IDLE, NEW, QUEUED)
 
 # Why it got none (ERROR); anything else is the class name of the error.
 TIMEOUT, EXHAUSTED, CANCELLED, CONNECT_ERROR = "timeout", "exhausted", "cancelled", "connect_error"
+OTHER = "_OTHER"  # what semantic conventions have for an error of which no more is known
 
 # Why a connection was closed (REASON).
 CLOSED = "closed"  # somebody did, or nothing is known of why
@@ -105,10 +107,16 @@ def _one(value: Callable[[Reading], Value]) -> Callable[[Reading], Points]:
 
 
 def _checkouts(reading: Reading) -> Points:
-    # Paths start at zero, so that the first checkout is an increase too.
-    counts: dict[tuple[str, str | None], int] = dict.fromkeys(((path, None) for path in PATHS), 0)
-    counts.update(reading.tally.checkouts)
-    return [(count, {PATH: path, ERROR: error} if error else {PATH: path}) for (path, error), count in counts.items()]
+    # Paths start at zero, so that the first checkout is an increase too; unless nobody can tell them apart.
+    counted = reading.tally.checkouts
+    paths = () if (None, None) in counted else PATHS
+    counts: dict[tuple[str | None, str | None], int] = dict.fromkeys(((path, None) for path in paths), 0)
+    counts.update(counted)
+    return [(count, _known({PATH: path, ERROR: error})) for (path, error), count in counts.items()]
+
+
+def _known(attributes: Mapping[str, str | int | None]) -> dict[str, str | int]:
+    return {key: value for key, value in attributes.items() if value is not None}
 
 
 COUNT = Metric(
@@ -256,6 +264,35 @@ def _by_origin(reading: Reading, points: Callable[[Load], Points]) -> Points:
             yield value, {**where, **extra}
 
 
+PEAK = Metric(
+    "otel_pools.connection.peak",
+    Kind.GAUGE,
+    "{connection}",
+    "The highest number of connections in use at once since the previous collection.",
+    _one(lambda r: r.peak),
+)
+CREATED = Metric(
+    "otel_pools.connection.created",
+    Kind.COUNTER,
+    "{connection}",
+    "Connections opened.",
+    _one(lambda r: r.tally.created),
+)
+OLDEST_WAIT = Metric(
+    "otel_pools.wait.oldest",
+    Kind.GAUGE,
+    "s",
+    "The age of the oldest request that has no connection yet.",
+    _one(lambda r: r.oldest_wait),
+)
+OLDEST_USE = Metric(
+    "otel_pools.use.oldest",
+    Kind.GAUGE,
+    "s",
+    "The age of the oldest checkout.",
+    _one(lambda r: r.oldest_use),
+)
+
 EVERY = (
     Metric(
         "otel_pools.checkouts",
@@ -279,20 +316,8 @@ EVERY = (
         "The maximum number of connections beyond the base size of the pool.",
         _one(lambda r: r.snapshot.overflow_max),
     ),
-    Metric(
-        "otel_pools.connection.peak",
-        Kind.GAUGE,
-        "{connection}",
-        "The highest number of connections in use at once since the previous collection.",
-        _one(lambda r: r.peak),
-    ),
-    Metric(
-        "otel_pools.connection.created",
-        Kind.COUNTER,
-        "{connection}",
-        "Connections opened.",
-        _one(lambda r: r.tally.created),
-    ),
+    PEAK,
+    CREATED,
     Metric(
         "otel_pools.connection.closed",
         Kind.COUNTER,
@@ -327,19 +352,15 @@ EVERY = (
         _one(lambda r: r.snapshot.streams_max),
     ),
     Metric(
-        "otel_pools.wait.oldest",
-        Kind.GAUGE,
-        "s",
-        "The age of the oldest request that has no connection yet.",
-        _one(lambda r: r.oldest_wait),
+        "otel_pools.grpc.channels",
+        Kind.UP_DOWN,
+        "{channel}",
+        "gRPC channels by the state of their connectivity; several may share one connection.",
+        lambda r: [(count, {GRPC_STATE: state}) for state, count in (r.snapshot.channels or {}).items()],
+        (GRPC_STATE,),
     ),
-    Metric(
-        "otel_pools.use.oldest",
-        Kind.GAUGE,
-        "s",
-        "The age of the oldest checkout.",
-        _one(lambda r: r.oldest_use),
-    ),
+    OLDEST_WAIT,
+    OLDEST_USE,
     Metric(
         "otel_pools.pools",
         Kind.UP_DOWN,
@@ -372,11 +393,12 @@ def pool_key(identity: Identity) -> str:
 
 def attributes(identity: Identity, pool_key: str) -> dict[str, str | int]:
     """What every series of this pool carries; what the library cannot tell is left out."""
-    known = {
-        pool_key: identity.name,
-        SYSTEM: identity.system,
-        NAMESPACE: identity.namespace,
-        ADDRESS: identity.address,
-        PORT: identity.port,
-    }
-    return {key: value for key, value in known.items() if value is not None}
+    return _known(
+        {
+            pool_key: identity.name,
+            SYSTEM: identity.system,
+            NAMESPACE: identity.namespace,
+            ADDRESS: identity.address,
+            PORT: identity.port,
+        }
+    )

@@ -8,15 +8,35 @@ pyproject.toml, and let a test class inherit `otel_pools.testing.PoolContract`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import gc
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from .._hooks import Row
     from .._model import Identity, Snapshot
     from .._registry import Registry
     from .._watch import Ledger, Watch
+
+
+# What users call their pools, for as long as those live.
+given_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def existing(*places: str) -> Iterator[Any]:
+    """
+    What there is of these classes (``module:Class``), as far as their modules are imported.
+
+    One walk over what the garbage collector tracks: about 20 ms for 50 000
+    objects. `type()` and not `isinstance`, which would ask every proxy in the
+    process for its class.
+    """
+    found = (place.split(":") for place in places)
+    kinds = tuple(kind for module, name in found if (kind := getattr(sys.modules.get(module), name, None)))
+    return (thing for thing in gc.get_objects() if issubclass(type(thing), kinds))
 
 
 def _none(pool: Any) -> Iterable[Any]:
@@ -31,7 +51,8 @@ def _nothing(registry: Registry) -> None:
     pass
 
 
-def _itself(thing: Any) -> Iterable[Any]:
+def itself(thing: Any) -> Iterable[Any]:
+    """It alone."""
     return (thing,)
 
 
@@ -76,8 +97,8 @@ class Target:
     complete: Callable[[Any], bool] = _always
     discover: Callable[[Registry], None] = _nothing
     anchor: Callable[[Any], tuple[int, Any]] = _by_id
-    pools_of: Callable[[Any], Iterable[Any]] = _itself
-    name_pool: Callable[[Any, str], None] | None = None
+    pools_of: Callable[[Any], Iterable[Any]] = itself
+    name_pool: Callable[[Any, str], None] = given_names.__setitem__
     leases: Callable[[Any, Watch], Iterable[int]] = _connections
     withheld: Callable[[Registry, Ledger], Collection[str]] = _nobody
 
@@ -104,5 +125,6 @@ LIBRARIES = {
     "httpx": Library(
         "otel_pools.targets.httpx", {"httpcore": "httpcore >= 0.17", "httpcore2": "httpcore2 >= 2.0"}, "httpx"
     ),
+    "qdrant": Library("otel_pools.targets.qdrant", {"qdrant_client": "qdrant-client >= 1.9"}, "qdrant"),
     "redis": Library("otel_pools.targets.redis", {"redis": "redis >= 5.0", "valkey": "valkey >= 6.0"}, "redis"),
 }

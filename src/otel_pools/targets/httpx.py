@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import ssl
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -17,24 +17,33 @@ from .. import _vocabulary as words
 from .._hooks import Row, either, make, optional
 from .._model import Identity, Load, Origin, Snapshot
 from .._visits import dial, drop, leave, visit, visit_of, wait
-from . import Target
+from . import Target, existing, given_names, itself
 
 if TYPE_CHECKING:
     from .._registry import Registry
     from .._watch import Watch
 
 LIBRARIES = ("httpcore", "httpcore2")
+KINDS = ("ConnectionPool", "AsyncConnectionPool")
 PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 # -- who a pool is -----------------------------------------------------------------
 
-_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 _origins: WeakKeyDictionary[Any, Origin] = WeakKeyDictionary()
+# Of those that another library uses to speak to its server.
+_owned: WeakKeyDictionary[Any, Identity] = WeakKeyDictionary()
+
+
+def own(pool: Any, identity: Identity) -> None:
+    """Let *pool* be that of another library's client, whatever it carries."""
+    _owned[pool] = identity
 
 
 def identify(pool: Any) -> Identity:
-    """By the user's name, or by where its first request went; a pool itself knows neither."""
-    given, socket = _names.get(pool), getattr(pool, "_uds", None)
+    """By the user's name, by its owner, or by where its first request went; a pool itself knows none of them."""
+    given, socket = given_names.get(pool), getattr(pool, "_uds", None)
+    if pool in _owned:
+        return replace(_owned[pool], given=given)
     if socket is not None:
         return Identity("httpx", None, given, None, str(socket))
     origin = _origins.get(pool) or next(iter(_seen(pool)), None)
@@ -104,11 +113,6 @@ def _carries(thing: Any) -> bool:
 def _is_client(thing: Any) -> bool:
     """An httpx client in the hands of another library's."""
     return hasattr(type(thing), "build_request") and "_transport" in getattr(thing, "__dict__", ())
-
-
-def name_pool(pool: Any, name: str) -> None:
-    """Keep the user's name for as long as the pool lives."""
-    _names[pool] = name
 
 
 # -- what it says --------------------------------------------------------------------
@@ -185,17 +189,8 @@ def _by_origin(open: Iterable[Any], idle: set[int], requests: Iterable[Any]) -> 
 
 def discover(registry: Registry) -> None:
     """Find the pools that were there before us and have connections."""
-    kinds = tuple(kind for library in LIBRARIES for kind in _kinds(library))
-    for thing in gc.get_objects():
-        if issubclass(type(thing), kinds):
-            registry.sight(thing)
-
-
-def _kinds(library: str) -> Iterable[type]:
-    for name in ("ConnectionPool", "AsyncConnectionPool"):
-        kind = getattr(sys.modules.get(library), name, None)
-        if kind is not None:
-            yield kind
+    for thing in existing(*(f"{library}:{kind}" for library in LIBRARIES for kind in KINDS)):
+        registry.sight(thing)
 
 
 # -- what happens to it ------------------------------------------------------------
@@ -280,16 +275,12 @@ def _flavour(library: str, package: str, prefix: str, handle: str, close: str) -
         leave(f"{pools}:PoolByteStream.{close}", request=attrgetter("_pool_request.request"), ended=why_ended),
         leave(f"{pools}:ConnectionPoolByteStream.{close}", request=attrgetter("_status.request"), ended=why_ended),
     )
-    yield make(f"{pool}.create_connection", parts=_itself)
+    yield make(f"{pool}.create_connection", parts=itself)
     # Proxies are pools of their own making.
-    yield optional(make(f"{room}.http_proxy:{prefix}HTTPProxy.create_connection", parts=_itself))
-    yield optional(make(f"{room}.socks_proxy:{prefix}SOCKSProxy.create_connection", parts=_itself))
+    yield optional(make(f"{room}.http_proxy:{prefix}HTTPProxy.create_connection", parts=itself))
+    yield optional(make(f"{room}.socks_proxy:{prefix}SOCKSProxy.create_connection", parts=itself))
     yield dial(f"{room}.connection:{prefix}HTTPConnection._connect")
     yield optional(drop(f"{pool}._close_connections", reason=why_dropped))  # from 1.0.3 on
-
-
-def _itself(connection: Any) -> Iterable[Any]:
-    return (connection,)
 
 
 TARGET = Target(
@@ -300,6 +291,5 @@ TARGET = Target(
     discover=discover,
     pools_of=pools_of,
     leases=leases,
-    name_pool=name_pool,
     hooks={library: _rows(library) for library in LIBRARIES},
 )

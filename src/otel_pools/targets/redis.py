@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import os
 import sys
@@ -12,14 +11,14 @@ from contextvars import ContextVar
 from operator import attrgetter
 from types import FrameType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 from .. import _vocabulary as words
 from .._guard import logger, lost_quietly, once
 from .._hooks import Hook, Row, Undo, acquire, connect, disconnect, either, make, nothing, optional, resolve, take_back
 from .._model import Identity, Snapshot
 from .._watch import KeyedRef
-from . import Target
+from . import Target, existing, given_names
 
 if TYPE_CHECKING:
     from .._registry import Registry
@@ -31,8 +30,6 @@ UNLIMITED = 2**31  # what redis-py writes for "no limit"
 
 # -- who a pool is -----------------------------------------------------------------
 
-_names: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-
 
 def identify(pool: Any) -> Identity:
     """
@@ -43,7 +40,7 @@ def identify(pool: Any) -> Identity:
     options = pool.connection_kwargs
     service = getattr(pool, "service_name", None)
     address, port = (None, None) if service else _server(options)
-    given = _names.get(pool) or options.get("client_name") or (_sentinel(pool) if service else None)
+    given = given_names.get(pool) or options.get("client_name") or (_sentinel(pool) if service else None)
     return Identity(_library(pool), "redis", given, str(options.get("db") or 0), address, port)
 
 
@@ -137,11 +134,6 @@ def _pools_of_node(node: Any) -> Iterable[Any]:
         return (anchor(node)[1],)
     client = getattr(node, "redis_connection", None) or getattr(node, "valkey_connection", None)
     return () if client is None else (client.connection_pool,)
-
-
-def name_pool(pool: Any, name: str) -> None:
-    """Keep the user's name for as long as the pool lives."""
-    _names[pool] = name
 
 
 # -- what it says --------------------------------------------------------------------
@@ -276,18 +268,9 @@ def members(pool: Any) -> Iterable[tuple[Any, bool]]:
 
 def discover(registry: Registry) -> None:
     """Find the pools, and the nodes of asyncio clusters, that were there before us."""
-    kinds = tuple(kind for library in LIBRARIES for kind in _kinds(library))
-    for thing in gc.get_objects():
-        if issubclass(type(thing), kinds):
-            registry.sight(thing)
-
-
-def _kinds(library: str) -> Iterable[type]:
-    places = {"connection": "ConnectionPool", "asyncio.connection": "ConnectionPool", "asyncio.cluster": "ClusterNode"}
-    for module, name in places.items():
-        kind = getattr(sys.modules.get(f"{library}.{module}"), name, None)
-        if kind is not None:
-            yield kind
+    places = ("connection:ConnectionPool", "asyncio.connection:ConnectionPool", "asyncio.cluster:ClusterNode")
+    for thing in existing(*(f"{library}.{place}" for library in LIBRARIES for place in places)):
+        registry.sight(thing)
 
 
 # -- what happens to it ------------------------------------------------------------
@@ -575,7 +558,6 @@ TARGET = Target(
     discover=discover,
     anchor=anchor,
     pools_of=pools_of,
-    name_pool=name_pool,
     withheld=withheld,
     hooks={"redis": (*_rows("redis"), _Replacement()), "valkey": _rows("valkey")},
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterable
 from operator import attrgetter
@@ -21,7 +20,7 @@ from .. import _vocabulary as words
 from .._guard import lost_quietly
 from .._hooks import Undo, acquire, after, close, create, queue, release, replace
 from .._model import Identity, Snapshot
-from . import Target
+from . import Target, existing
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -222,27 +221,20 @@ def members(pool: Pool) -> Iterable[tuple[Any, bool]]:
 
 
 def discover(registry: Registry) -> None:
-    """
-    Find the engines, pools and connections that were there before us.
-
-    One walk over what the garbage collector tracks: about 20 ms for 50 000
-    objects, and only if SQLAlchemy had been imported. `type()` and not
-    `isinstance`, which would ask every proxy in the process for its class.
-    """
-    found: dict[type, list[Any]] = {Engine: [], Pool: [], _ConnectionRecord: []}
-    for thing in gc.get_objects():
-        for kind, things in found.items():
-            if issubclass(type(thing), kind):
-                things.append(thing)
-    for engine in found[Engine]:
-        if "dialect" in vars(engine):
+    """Find the engines, pools and connections that were there before us."""
+    found = list(existing(*(f"{kind.__module__}:{kind.__qualname__}" for kind in (Engine, Pool, _ConnectionRecord))))
+    # In this order: a pool is called after its engine.
+    for engine in found:
+        if isinstance(engine, Engine) and "dialect" in vars(engine):
             remember(registry, engine)
-    for pool in found[Pool]:
-        registry.sight(pool)
-    for record in found[_ConnectionRecord]:
-        pool = _pool_of_record(record)
-        if record.dbapi_connection is not None and (watch := registry.find(pool)) is not None:
-            watch.met(record)
+    for pool in found:
+        if isinstance(pool, Pool):
+            registry.sight(pool)
+    for record in found:
+        if isinstance(record, _ConnectionRecord) and record.dbapi_connection is not None:
+            watch = registry.find(_pool_of_record(record))
+            if watch is not None:
+                watch.met(record)
 
 
 # -- what happens to it ------------------------------------------------------------
