@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from . import _vocabulary as words
 from ._guard import guard, lost_quietly
 from ._outbox import LIMIT
-from ._watch import Refusal, clock, current_passage, detour, tickets
+from ._watch import Refusal, clock, current_passage, detour
 
 if TYPE_CHECKING:
     from ._registry import Registry
@@ -178,9 +178,8 @@ def _checkout(  # noqa: C901  # a branch costs less than the call that would tak
         watch = watches.get(id(pool)) or meet(pool)
         if watch is None:
             return original(pool, *args, **kwargs)
-        ticket = next(tickets)
-        waiting = watch.waiting
-        waiting[ticket] = start = clock()
+        waiting, start = watch.waiting, clock()
+        waiting[start] = start
         try:
             if crowded is not None and crowded(pool):
                 detour(words.QUEUED)
@@ -190,11 +189,11 @@ def _checkout(  # noqa: C901  # a branch costs less than the call that would tak
             # Unpacking costs more than asking whether there is anything to unpack.
             result = original(pool, *args, **kwargs) if args or kwargs else plain(pool)
         except BaseException as error:
-            waiting.pop(ticket, None)
+            waiting.pop(start, None)
             watch.failed(start, error, refusal)
             raise
         end = clock()
-        waiting.pop(ticket, None)
+        waiting.pop(start, None)
         try:
             held = result if lease is None else lease(result)
             if held is not None:
@@ -232,9 +231,8 @@ def _async_checkout(
         watch = watches.get(id(pool)) or meet(pool)
         if watch is None:
             return await original(pool, *args, **kwargs)
-        ticket = next(tickets)
-        waiting = watch.waiting
-        waiting[ticket] = start = clock()
+        waiting, start = watch.waiting, clock()
+        waiting[start] = start
         try:
             if crowded is not None and crowded(pool):
                 detour(words.QUEUED)
@@ -243,10 +241,10 @@ def _async_checkout(
         try:
             result = await (original(pool, *args, **kwargs) if args or kwargs else plain(pool))
         except BaseException as error:
-            waiting.pop(ticket, None)
+            waiting.pop(start, None)
             watch.failed(start, error, refusal)
             raise
-        waiting.pop(ticket, None)
+        waiting.pop(start, None)
         watch.lent(start, result, lease)
         return result
 
@@ -262,12 +260,11 @@ def release(where: str, *, pool: Pick) -> Hook:
     """
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
-        watches, find = registry.watches, registry.find
+        owners, find = registry.owners, registry.find
 
         def checkin(held: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                owner = pool(held)
-                watch = watches.get(id(owner)) or find(owner)
+                watch = owners.get(id(held)) or find(pool(held))
                 if watch is not None:
                     since = watch.leases.pop(id(held), None)
                     if since is None:

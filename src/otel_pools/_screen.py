@@ -155,7 +155,7 @@ def _totals(series: list[Series]) -> dict[tuple[str, Scalar | None], int]:
     latest = max(one.now.seconds for one in series)
     for one in series:
         state = next((one.now.attributes[key] for key in STATES if key in one.now.attributes), None)
-        # Of an origin without connections no more is said, so its last word was not the end of them.
+        # A pool that is gone says no more, so its last word was not the end of its connections.
         gone = state is not None and one.now.seconds < latest
         totals[_name(one), state] += 0 if gone else int(_number(one.now.value))
     return totals

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import _vocabulary as words
-from ._guard import lost_quietly
+from ._guard import guard, lost_quietly
 from ._hooks import Hook, Pick
 from ._outbox import LIMIT
-from ._watch import ABANDONED, Refusal, Watch, clock, kind, tickets
+from ._watch import ABANDONED, Refusal, Watch, clock, kind
 
 if TYPE_CHECKING:
     from ._registry import Registry
@@ -36,7 +36,7 @@ class Visit:
     refused: BaseException | None = None
     context: Any = None
     since = 0.0
-    ticket: tuple[dict[int, float], int] | None = None  # where it waits, if it does
+    ticket: tuple[dict[float, float], float] | None = None  # where it waits, if it does
     start = 0.0
 
     def __init__(self, watch: Watch) -> None:
@@ -59,9 +59,9 @@ class Visit:
         """It stands in line from now on, and perhaps not for the first time; its wait began when it first did."""
         now = clock()
         self.start = self.start or now
-        waiting, ticket = self.watch.waiting, next(tickets)
-        waiting[ticket] = self.start
-        self.ticket = waiting, ticket
+        waiting = self.watch.waiting
+        waiting[now] = self.start
+        self.ticket = waiting, now
         return now
 
     def queued(self, seconds: float) -> None:
@@ -148,9 +148,10 @@ class Visit:
             watch.refused(seconds, self.path, kind(error, self.refused, refusal))
 
     def left(self) -> None:
-        """There will be no response to close."""
-        if self.since and self.watch.leases.pop(id(self), None) is not None:
-            self.watch.uses.append(clock() - self.since)
+        """It is over."""
+        watch = self.watch
+        if watch.leases.pop(id(self), None) is not None:
+            watch.uses.append(clock() - self.since)
         self.connection = None
 
 
@@ -377,28 +378,34 @@ def dial(where: str) -> Hook:
     """A call on a connection with the request that has it opened; its duration is the create time."""
 
     def compile(original: Callable[..., Any], _: Registry) -> Callable[..., Any]:
+        def ended(request: Any, start: float, error: BaseException | None) -> None:
+            with guard("a creation"):
+                arrived = visit_of(request)
+                if arrived is None:
+                    return
+                if error is None:
+                    arrived.opened(clock() - start)
+                else:
+                    arrived.could_not_open(error)
+
         def connect(connection: Any, request: Any) -> Any:
-            arrived, start = visit_of(request), clock()
+            start = clock()
             try:
                 stream = original(connection, request)
             except BaseException as error:
-                if arrived is not None:
-                    arrived.could_not_open(error)
+                ended(request, start, error)
                 raise
-            if arrived is not None:
-                arrived.opened(clock() - start)
+            ended(request, start, None)
             return stream
 
         async def async_connect(connection: Any, request: Any) -> Any:
-            arrived, start = visit_of(request), clock()
+            start = clock()
             try:
                 stream = await original(connection, request)
             except BaseException as error:
-                if arrived is not None:
-                    arrived.could_not_open(error)
+                ended(request, start, error)
                 raise
-            if arrived is not None:
-                arrived.opened(clock() - start)
+            ended(request, start, None)
             return stream
 
         return async_connect if inspect.iscoroutinefunction(original) else connect
@@ -419,50 +426,31 @@ def leave(where: str, *, request: Pick, ended: Pick) -> Hook:
     """
 
     def compile(original: Callable[..., Any], _: Registry) -> Callable[..., Any]:
-        close = _async_close if inspect.iscoroutinefunction(original) else _close
-        return close(original, request, ended)
+        def over(body: Any) -> None:
+            try:
+                arrived = request(body).__dict__.get(KEY)
+                if arrived is not None and (connection := arrived.connection) is not None:
+                    arrived.left()
+                    if id(connection) in arrived.watch.opened and connection.is_closed():
+                        _closed(arrived.watch, connection, ended)
+            except Exception as mistake:
+                lost_quietly("the end of an answer", mistake)
+
+        def close(body: Any) -> Any:
+            try:
+                return original(body)
+            finally:
+                over(body)
+
+        async def async_close(body: Any) -> Any:
+            try:
+                return await original(body)
+            finally:
+                over(body)
+
+        return async_close if inspect.iscoroutinefunction(original) else close
 
     return Hook("release", where, compile)
-
-
-def _close(original: Callable[..., Any], request: Pick, ended: Pick) -> Callable[..., Any]:
-    def close(body: Any) -> Any:
-        try:
-            return original(body)
-        finally:
-            try:
-                arrived = request(body).__dict__.get(KEY)
-                if arrived is not None and (connection := arrived.connection) is not None:
-                    watch = arrived.watch
-                    if watch.leases.pop(id(arrived), None) is not None:
-                        watch.uses.append(clock() - arrived.since)
-                    arrived.connection = None
-                    if id(connection) in watch.opened and connection.is_closed():
-                        _closed(watch, connection, ended)
-            except Exception as mistake:
-                lost_quietly("the end of an answer", mistake)
-
-    return close
-
-
-def _async_close(original: Callable[..., Any], request: Pick, ended: Pick) -> Callable[..., Any]:
-    async def close(body: Any) -> Any:
-        try:
-            return await original(body)
-        finally:
-            try:
-                arrived = request(body).__dict__.get(KEY)
-                if arrived is not None and (connection := arrived.connection) is not None:
-                    watch = arrived.watch
-                    if watch.leases.pop(id(arrived), None) is not None:
-                        watch.uses.append(clock() - arrived.since)
-                    arrived.connection = None
-                    if id(connection) in watch.opened and connection.is_closed():
-                        _closed(watch, connection, ended)
-            except Exception as mistake:
-                lost_quietly("the end of an answer", mistake)
-
-    return close
 
 
 def drop(where: str, *, reason: Pick) -> Hook:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from ._spans import Spans
 
 clock = perf_counter
-tickets = itertools.count()
 
 Refusal = Callable[[BaseException], str | None]
 
@@ -107,7 +105,8 @@ class Ledger:
 
     def __init__(self, identity: Identity) -> None:
         self.identity = identity
-        self.waiting: dict[int, float] = {}  # ticket -> since
+        # Since when -> the same: a moment is ticket enough, as nobody else's clock was read in it.
+        self.waiting: dict[float, float] = {}
         self.leases: dict[int, float] = {}  # id of what is held -> since
         self.peak = 0
         self.outbox = Outbox()
@@ -177,7 +176,7 @@ class Watch:
     ) -> None:
         self.pool = pool
         self.ledger: Ledger
-        self.waiting: dict[int, float] = {}
+        self.waiting: dict[float, float] = {}
         self.leases: dict[int, float] = {}
         self.owners = owners  # shared by all pools: id of a connection -> whose it is
         self.members: dict[int, KeyedRef] = {}  # the connections we have met, held weakly
