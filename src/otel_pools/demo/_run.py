@@ -20,6 +20,7 @@ from .._receiver import Receiver
 from .._screen import LiveScreen, PlainScreen, PoolRow, Status, rows
 from . import _load
 from ._postgres import Postgres, PostgresStartError
+from ._qdrant import Qdrant, QdrantStartError
 from ._valkey import Valkey, ValkeyStartError
 from ._web import Web, WebStartError
 
@@ -115,7 +116,7 @@ class Load:
     The application in a process of its own, under `opentelemetry-instrument`; a context manager.
 
     Args:
-        urls: Of the servers, by the variables in which the application looks for them.
+        places: Of the servers, by the variables in which the application looks for them.
         environ: What else it finds in its environment.
         cycle: Seconds of one cycle.
         cycles: How many; 0 is without end.
@@ -125,7 +126,7 @@ class Load:
         since: When it began its traffic, on the monotonic clock; None before.
     """
 
-    def __init__(self, urls: Mapping[str, str], environ: Mapping[str, str], cycle: float, cycles: int) -> None:
+    def __init__(self, places: Mapping[str, str], environ: Mapping[str, str], cycle: float, cycles: int) -> None:
         self.phase = "starting"
         self.since: float | None = None
         # It has no name, so it cannot be left behind.
@@ -133,7 +134,7 @@ class Load:
         # By its path: as a module of ours it would import us, and loading us is the command's business.
         self._process = subprocess.Popen(
             [*_instrumented(), sys.executable, _load.__file__, f"--cycle={cycle:g}", f"--cycles={cycles}"],
-            env={**environ, **urls},
+            env={**environ, **places},
             stdin=subprocess.PIPE,  # its end tells the load that we are gone, however we went
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -328,7 +329,7 @@ def run(seconds: float | None, cycle: float, out: TextIO) -> int:
                 if play is not None:
                     play.watch(wish, seconds)
                     play.finish(wish)
-        except (DemoError, PostgresStartError, ValkeyStartError, WebStartError) as error:
+        except (DemoError, PostgresStartError, QdrantStartError, ValkeyStartError, WebStartError) as error:
             print(f"otel-pools demo: {error}", file=sys.stderr)
             return 1
         return wish.status
@@ -340,12 +341,19 @@ def _set_up(stack: ExitStack, wish: Wish, cycle: float, cycles: int, out: TextIO
     receiver = stack.enter_context(Receiver() if target is None else nullcontext())
     valkey = stack.enter_context(Valkey())
     web = stack.enter_context(Web(_load.STREAMS))
+    qdrant = stack.enter_context(Qdrant(_load.STREAMS))
     postgres = stack.enter_context(Postgres(DATABASE))
     if wish.signal is not None:
         return None
     environ = environment(os.environ, receiver.endpoint if receiver else None)
-    urls = {_load.URL: postgres.url("asyncpg"), _load.VALKEY_URL: valkey.url(), _load.WEB_URL: web.url}
-    load = stack.enter_context(Load(urls, environ, cycle, cycles))
+    places = {
+        _load.URL: postgres.url("asyncpg"),
+        _load.VALKEY_URL: valkey.url(),
+        _load.WEB_URL: web.url,
+        _load.QDRANT_URL: qdrant.url,
+        _load.QDRANT_GRPC_PORT: str(qdrant.grpc_port),
+    }
+    load = stack.enter_context(Load(places, environ, cycle, cycles))
     screen = LiveScreen(out) if out.isatty() else PlainScreen(out)
     stack.callback(screen.close)
     return Play(load, receiver, _safe(target) or (receiver.endpoint if receiver else ""), screen)
