@@ -22,19 +22,25 @@ SLICE = [
     *("sqlalchemy==2.0.0", "sqlalchemy==2.0.*"),
     *("redis==5.0.0", "redis==6.4.*", "redis==7.4.*"),
     *("httpx==0.24.*", "httpx2==2.0.*"),
+    "qdrant-client==1.12.*",
 ]
 MATRIX = [
     *SLICE,
     *("redis==5.0.1", "redis==5.2.*", "redis==5.3.*", "redis==7.1.*", "redis==8.0.*", "valkey==6.0.*"),
     *("httpx==0.25.*", "httpx==0.27.*", "httpx2==2.8.*"),
+    *("qdrant-client==1.9.*", "qdrant-client==1.16.*"),
 ]
 # Whose tests a library has a part in.
-TESTS = {"sqlalchemy": "sqlalchemy", "redis": "redis", "valkey": "redis", "httpx": "httpx", "httpx2": "httpx"}
+TESTS = {"sqlalchemy": "sqlalchemy", "redis": "redis", "valkey": "redis", "httpx": "httpx", "httpx2": "httpx"} | {
+    "qdrant-client": "qdrant"
+}
 # Where two libraries have one target, each test is there for both.
 ONLY = {"redis": ("-k", "not valkey"), "httpx": ("-k", "not httpx2"), "httpx2": ("-k", "httpx2")}
 EXTRAS = {"sqlalchemy": "sqlalchemy[asyncio]", "httpx": "httpx[http2]", "httpx2": "httpx2[http2]"}
 # Where we touch the API, the SDK or the loader.
-OPENTELEMETRY = [f"tests/test_{room}.py" for room in ("instruments", "merge", "doors", "spans", "watch")]
+OPENTELEMETRY = [f"tests/test_{room}.py" for room in ("instruments", "merge", "merge_equal", "doors", "spans", "watch")]
+
+SDKS = {"1.35": "0.56b0", "1.37": "0.58b0", "1.39": "0.60b0", "1.41": "0.62b0", "1.43": "0.64b0"}
 
 
 @nox.session(python=MAIN)
@@ -80,6 +86,28 @@ def oldest(session: nox.Session) -> None:
     """The oldest OpenTelemetry we say we work with."""
     session.install("-e", ".", *nox.project.dependency_groups(PROJECT, "oldest"))
     session.run("pytest", "tests/targets/test_sqlalchemy.py", *OPENTELEMETRY)
+
+
+@nox.session(python=MAIN)
+@nox.parametrize("version", SDKS)
+def sdks(session: nox.Session, version: str) -> None:
+    """Every SDK whose private aggregations we touch: on demand; the oldest and the newest are in CI."""
+    parts = ("instrumentation", "instrumentation-sqlalchemy", "distro")
+    session.install(
+        *(
+            "-e",
+            ".",
+            "aiosqlite",
+            "hypothesis",
+            "psycopg[binary]",
+            "pytest>=8",
+            "pytest-timeout",
+            "sqlalchemy[asyncio]",
+        ),
+        *(f"opentelemetry-{part}=={version}.*" for part in ("api", "sdk")),
+        *(f"opentelemetry-{part}=={SDKS[version]}" for part in parts),
+    )
+    session.run("pytest", "tests/targets/test_sqlalchemy.py", *OPENTELEMETRY, *session.posargs)
 
 
 @nox.session(python=MAIN)

@@ -15,7 +15,15 @@ CORE = [room for room in ROOMS if "/" not in room]
 TARGETS = [room for room in ROOMS if room.startswith("targets/")]
 # What a target library is called when it is imported.
 LIBRARIES = {"sqlalchemy", "redis", "valkey", "httpx", "httpcore", "httpx2", "httpcore2", "qdrant_client", "grpc"}
-MAY_KNOW_OPENTELEMETRY = {"_instruments.py", "_spans.py", "_doors.py", "_receiver.py", "_screen.py", "testing.py"}
+MAY_KNOW_OPENTELEMETRY = {
+    "_instruments.py",
+    "_spans.py",
+    "_holders.py",
+    "_doors.py",
+    "_receiver.py",
+    "_screen.py",
+    "testing.py",
+}
 
 
 def imports(room):

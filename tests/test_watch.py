@@ -14,10 +14,13 @@ from sqlalchemy import create_engine
 from sqlalchemy.pool import QueuePool
 
 import otel_pools
-from otel_pools import _doors, _guard
+from otel_pools import Settings, _doors, _guard
+from otel_pools._leases import lend, who
 from otel_pools._model import Identity, Load, Origin, Snapshot
 from otel_pools._outbox import Histograms
+from otel_pools._registry import Registry
 from otel_pools._watch import Ledger, Passage, Watch, age
+from otel_pools.targets import Target
 
 
 class Stub:
@@ -142,7 +145,8 @@ def watch():
     """Our record of a pool that says what `reading` holds."""
     spans = SimpleNamespace(threshold=1.0, waited=lambda *_: None)
     pool = Thing()
-    watch = Watch(weakref.ref(pool), Ledger(Identity("lib", "sys", "one")), lambda *_: reading[0], spans, {})
+    registry = Registry(Target("lib", lambda _: None, lambda *_: reading[0], {}), Settings(), spans)
+    watch = Watch(weakref.ref(pool), Ledger(Identity("lib", "sys", "one")), registry)
     reading = [Snapshot(used=0, orphaned=0)]
     yield SimpleNamespace(watch=watch, reading=reading, outbox=watch.ledger.outbox)
     del pool
@@ -152,7 +156,7 @@ def test_asyncio_waits_are_bounded(watch, monkeypatch):
     """If nobody collects, what asyncio pools append is dropped and counted too."""
     monkeypatch.setattr("otel_pools._watch.LIMIT", 10)
     for _ in range(25):
-        watch.watch.lent(time.perf_counter(), Thing(), None)
+        watch.watch.lent(time.perf_counter(), time.perf_counter())
 
     tally = watch.outbox.tally()
 
@@ -215,7 +219,7 @@ def test_a_pool_takes_its_leases_to_its_new_name(watch):
     """Who holds a connection holds it under the new name, and those of another pool stay."""
     mine, theirs = Thing(), Thing()
     for held in (mine, theirs):
-        watch.watch.lent(time.perf_counter(), held, None)
+        watch.watch.leases[id(held)] = lend(time.perf_counter(), who())
     old, new = watch.watch.ledger, Ledger(Identity("lib", "sys", "two"))
     watch.watch.move(new, [id(mine)])
 

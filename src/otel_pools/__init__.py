@@ -6,19 +6,23 @@ from ._doors import (
     QdrantPoolInstrumentor,
     RedisPoolInstrumentor,
     SQLAlchemyPoolInstrumentor,
+    holders,
     instrument,
     name_pool,
     uninstrument,
 )
+from ._model import Holder
 from ._version import __version__
 
 __all__ = [
     "HTTPXPoolInstrumentor",
+    "Holder",
     "QdrantPoolInstrumentor",
     "RedisPoolInstrumentor",
     "SQLAlchemyPoolInstrumentor",
     "Settings",
     "__version__",
+    "holders",
     "instrument",
     "name_pool",
     "uninstrument",

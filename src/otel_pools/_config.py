@@ -27,6 +27,8 @@ class Settings:
         metrics_exclude: Names of metrics not to emit.
         targets: Libraries to watch, as in ``sqlalchemy``; empty means all.
         names: Pool names by server, ``host[:port][/database]=name``.
+        leak_threshold: Seconds after which a connection that is out is overdue; 0 means never.
+        call_site: Whether to note from which line of the application a connection was borrowed.
         native_redis: Beside redis-py's own OpenTelemetry metrics: ``defer`` leaves to them what they emit,
             ``replace`` takes it over from them, ``both`` emits both.
     """
@@ -35,6 +37,8 @@ class Settings:
     metrics_exclude: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    leak_threshold: float = 60.0
+    call_site: bool = True
     native_redis: str = "defer"
 
     def rename(self, identity: Identity) -> Identity:
@@ -74,6 +78,13 @@ def _pairs(value: object) -> tuple[str, ...]:
     return pairs
 
 
+SWITCH = {"true": True, "1": True, "on": True, "yes": True, "false": False, "0": False, "off": False, "no": False}
+
+
+def _switch(value: object) -> bool:
+    return SWITCH[str(value).strip().lower()]
+
+
 NATIVE = ("defer", "replace", "both")
 
 
@@ -88,6 +99,8 @@ _READ: dict[str, tuple[Callable[[object], Any], str]] = {
     "metrics_exclude": (_words, "metric names separated by commas"),
     "targets": (_words, "target names separated by commas"),
     "names": (_pairs, "pairs host[:port][/database]=name separated by commas"),
+    "leak_threshold": (_seconds, "a number of seconds, 0 or more"),
+    "call_site": (_switch, "true or false"),
     "native_redis": (_native, f"one of {', '.join(NATIVE)}"),
 }
 
@@ -112,6 +125,6 @@ def _choose(chosen: dict[str, Any], name: str, default: object, value: object, s
     read, wanted = _READ[name]
     try:
         chosen[name] = read(value)
-    except (TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         # Only the source is named: a value put into the wrong variable may be a secret. And once for all libraries.
         once(f"setting {source}", "otel_pools: %s must be %s; the default %r is used", source, wanted, default)

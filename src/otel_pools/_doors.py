@@ -22,6 +22,7 @@ from . import _guard
 from . import _vocabulary as words
 from ._config import Settings, settings
 from ._guard import guard, logger
+from ._model import Holder
 from ._version import __version__
 from .targets import LIBRARIES, Target
 
@@ -41,6 +42,8 @@ class Configuration:
     span_threshold: float | None = None
     metrics_exclude: list[str] | None = None
     names: list[str] | None = None
+    leak_threshold: float | None = None
+    call_site: bool | None = None
     native_redis: str | None = None
 
 
@@ -312,6 +315,28 @@ def name_pool(thing: Any, name: str) -> None:
             if _named(target, thing, name):
                 return
     raise TypeError(f"no pool we know: {type(thing).__qualname__}")
+
+
+def holders(pool: str | None = None) -> tuple[Holder, ...]:
+    """
+    Who holds the connections that are out, who has held longest first.
+
+    Args:
+        pool: The name of a pool; by default of all pools that are watched.
+    """
+    # As late as the rest of what only an app with pools needs.
+    from ._holders import holders_of  # noqa: PLC0415  # as said
+    from ._registry import alive  # noqa: PLC0415  # as said
+    from ._watch import clock  # noqa: PLC0415  # as said
+
+    found = [
+        holder
+        for registry in alive()
+        for ledger in list(registry.ledgers.values())
+        if pool in {None, ledger.identity.name}
+        for holder in holders_of(ledger, registry.target.purpose, clock())
+    ]
+    return tuple(sorted(found, key=lambda holder: -holder.held_s))
 
 
 def _named(target: Target, thing: Any, name: str) -> bool:

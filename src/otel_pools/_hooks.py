@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from asyncio import _get_running_loop as running_loop
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import update_wrapper
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _vocabulary as words
 from ._guard import guard, lost_quietly
+from ._leases import NEVER, who
 from ._outbox import LIMIT
 from ._watch import Refusal, clock, current_passage, detour
 
@@ -171,15 +174,16 @@ def _checkout(  # noqa: C901  # a branch costs less than the call that would tak
     refusal: Refusal,
     crowded: Pick | None,
 ) -> Callable[..., Any]:
-    watches, meet, passage = registry.watches, registry.meet, current_passage
+    watches, meet, passage, lend = registry.watches, registry.meet, current_passage, registry.lend
 
     # All of the common case stands here, because a call would cost as much as any of its lines.
-    def checkout(pool: Any, *args: Any, **kwargs: Any) -> Any:
+    def checkout(pool: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: C901  # the same
         watch = watches.get(id(pool)) or meet(pool)
         if watch is None:
             return original(pool, *args, **kwargs)
+        owner = get_ident() if running_loop() is None else who()
         waiting, start = watch.waiting, clock()
-        waiting[start] = start
+        waiting[start] = owner
         try:
             if crowded is not None and crowded(pool):
                 detour(words.QUEUED)
@@ -190,15 +194,17 @@ def _checkout(  # noqa: C901  # a branch costs less than the call that would tak
             result = original(pool, *args, **kwargs) if args or kwargs else plain(pool)
         except BaseException as error:
             waiting.pop(start, None)
-            watch.failed(start, error, refusal)
+            watch.failed(start, error, refusal, owner)
             raise
         end = clock()
         waiting.pop(start, None)
         try:
             held = result if lease is None else lease(result)
             if held is not None:
-                leases = watch.leases
-                leases[id(held)] = end
+                leases, key = watch.leases, id(held)
+                leases[key] = lend(end, owner)
+                if watch.holding.setdefault(owner, key) != key:
+                    watch.nests(owner, key)
                 if len(leases) > watch.ledger.peak:
                     watch.ledger.peak = len(leases)
                 seconds = end - start
@@ -225,14 +231,15 @@ def _async_checkout(
     refusal: Refusal,
     crowded: Pick | None,
 ) -> Callable[..., Any]:
-    watches, meet = registry.watches, registry.meet
+    watches, meet, lend = registry.watches, registry.meet, registry.lend
 
     async def checkout(pool: Any, *args: Any, **kwargs: Any) -> Any:
         watch = watches.get(id(pool)) or meet(pool)
         if watch is None:
             return await original(pool, *args, **kwargs)
+        owner = get_ident() if running_loop() is None else who()
         waiting, start = watch.waiting, clock()
-        waiting[start] = start
+        waiting[start] = owner
         try:
             if crowded is not None and crowded(pool):
                 detour(words.QUEUED)
@@ -242,21 +249,37 @@ def _async_checkout(
             result = await (original(pool, *args, **kwargs) if args or kwargs else plain(pool))
         except BaseException as error:
             waiting.pop(start, None)
-            watch.failed(start, error, refusal)
+            watch.failed(start, error, refusal, owner)
             raise
         waiting.pop(start, None)
-        watch.lent(start, result, lease)
+        end = clock()
+        try:
+            held = result if lease is None else lease(result)
+            # A call inside this one may have said so already.
+            if held is not None and watch.leases.get(id(held), NEVER)[0] < start:
+                watch.leases[id(held)] = lend(end, owner)
+                if watch.holding.setdefault(owner, id(held)) != id(held):
+                    watch.nests(owner, id(held))
+                watch.lent(start, end)
+        except Exception as mistake:
+            lost_quietly("a checkout", mistake)
         return result
 
     return checkout
 
 
-def release(where: str, *, pool: Pick) -> Hook:
+def release(where: str, *, pool: Pick, loan: Pick | None = None) -> Hook:
     """
     A call on what was lent that gives it back; it ends the use time.
 
     A finaliser may make it, inside any lock at all: what happens here takes
     no lock, makes no SDK call and logs nothing.
+
+    Args:
+        where: The method.
+        pool: From what was lent to its pool.
+        loan: From what was lent to the weak reference to what its owner has: if that is gone, it is the garbage
+            collector that gives it back, because its owner never did.
     """
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
@@ -266,11 +289,17 @@ def release(where: str, *, pool: Pick) -> Hook:
             try:
                 watch = owners.get(id(held)) or find(pool(held))
                 if watch is not None:
-                    since = watch.leases.pop(id(held), None)
-                    if since is None:
+                    lease = watch.leases.pop(id(held), None)
+                    if lease is None:
                         watch.returned(held)
                     else:
-                        watch.uses.append(clock() - since)
+                        watch.holding.pop(lease[1], None)
+                        seconds = clock() - lease[0]
+                        watch.uses.append(seconds)
+                        if seconds > watch.patience:
+                            watch.late(lease, seconds)
+                        if loan is not None and (ref := loan(held)) is not None and ref() is None:
+                            watch.collected(lease)
             except Exception as mistake:
                 lost_quietly("a checkin", mistake)
             return original(held, *args, **kwargs) if args or kwargs else original(held)
@@ -307,9 +336,13 @@ def _checkin(original: Callable[..., Any], registry: Registry) -> Callable[..., 
             held = args[0] if args else next(iter(kwargs.values()))
             watch = watches.get(id(pool)) or find(pool)
             if watch is not None:
-                since = watch.leases.pop(id(held), None)
-                if since is not None:
-                    watch.uses.append(clock() - since)
+                lease = watch.leases.pop(id(held), None)
+                if lease is not None:
+                    watch.holding.pop(lease[1], None)
+                    seconds = clock() - lease[0]
+                    watch.uses.append(seconds)
+                    if seconds > watch.patience:
+                        watch.late(lease, seconds)
                     if watch.orphans:
                         watch.orphans.discard(id(held))
         except Exception as mistake:
@@ -325,18 +358,18 @@ def _async_checkin(
     watches, find = registry.watches, registry.find
 
     async def checkin(pool: Any, *args: Any, **kwargs: Any) -> Any:
-        watch = held = since = None
+        watch = held = lease = None
         end = clock()
         try:
             held = args[0] if args else next(iter(kwargs.values()))
             watch = watches.get(id(pool)) or find(pool)
             if watch is not None:
-                since = watch.leases.pop(id(held), None)
+                lease = watch.leases.pop(id(held), None)
                 if watch.orphans:
                     watch.orphans.discard(id(held))
         except Exception as mistake:
             lost_quietly("a checkin", mistake)
-        if watch is None or since is None:
+        if watch is None or lease is None:
             return await original(pool, *args, **kwargs)
         try:
             result = await original(pool, *args, **kwargs)
@@ -344,13 +377,13 @@ def _async_checkin(
             try:
                 # A second cancellation, while it waits for the pool's lock, loses the connection for good.
                 if out(pool, held):
-                    watch.kept(held, since)
+                    watch.kept(held, lease)
                 else:
-                    watch.uses.append(end - since)
+                    watch.used(lease, end)
             except Exception as mistake:
                 lost_quietly("a checkin", mistake)
             raise
-        watch.uses.append(end - since)
+        watch.used(lease, end)
         return result
 
     return checkin

@@ -6,7 +6,9 @@ import weakref
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from opentelemetry.context import Context, attach, detach
 from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter
+from opentelemetry.trace import INVALID_SPAN, set_span_in_context
 
 from . import _guard
 from . import _vocabulary as words
@@ -17,6 +19,10 @@ from ._registry import Registry
 from ._version import __version__
 from ._vocabulary import CREATE, DURATION, METRICS, TIME_IN_QUEUE, USE, WAIT, Kind, Metric
 from ._watch import Ledger
+
+# What is current while metrics are collected, a span of whoever flushes for one, has no part in what they say; and
+# not an empty context, which the SDK takes for none.
+NOBODY = set_span_in_context(INVALID_SPAN, Context())
 
 Callback = Callable[[CallbackOptions], Iterable[Observation]]
 
@@ -68,7 +74,12 @@ class Instruments:
         wanted = {name: histogram for name, histogram in self._histograms.items() if name not in withheld}
         wait = WAIT if ledger.identity.system is not None else TIME_IN_QUEUE
         histograms = Histograms(*(wanted.get(row.name) for row in (wait, USE, CREATE, DURATION)))
-        ledger.outbox.deliver(histograms, words.attributes(ledger.identity, words.pool_key(ledger.identity)))
+        whose = words.attributes(ledger.identity, words.pool_key(ledger.identity))
+        token = attach(NOBODY)
+        try:
+            ledger.outbox.deliver(histograms, whose)
+        finally:
+            detach(token)
 
     def _observe(self, row: Metric, collect: Callable[[], None]) -> Callback:
         def observe(_: CallbackOptions) -> Iterable[Observation]:
@@ -96,7 +107,7 @@ def _observations(row: Metric, identity: Identity, reading: Reading) -> Iterable
     whose = words.attributes(identity, row.pool_key)
     for value, extra in row.points(reading):
         if value is not None:
-            yield Observation(value, {**whose, **extra})
+            yield Observation(value, {**whose, **extra}, NOBODY)
 
 
 def _create(meter: Meter, row: Metric) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 
@@ -136,6 +136,8 @@ class Tally:
         created: Connections opened.
         closed: Connections closed, by reason.
         dropped: Samples we could not keep until somebody collected them.
+        leaked: Connections that leaked, by how.
+        nested: Checkouts by who held a connection of the same pool.
     """
 
     checkouts: Mapping[tuple[str | None, str | None], int] = field(default_factory=dict)
@@ -143,6 +145,8 @@ class Tally:
     created: int = 0
     closed: Mapping[str, int] = field(default_factory=dict)
     dropped: int = 0
+    leaked: Mapping[str, int] = field(default_factory=dict)
+    nested: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,7 @@ class Reading:
         peak: The highest ``used`` since the previous collection; None where requests share connections.
         oldest_wait: Age of the oldest request without a connection yet, in seconds.
         oldest_use: Age of the oldest checkout, in seconds.
+        overdue: Connections that have been out for longer than the leak threshold; None if there is none.
     """
 
     snapshot: Snapshot
@@ -165,3 +170,34 @@ class Reading:
     peak: int | None = None
     oldest_wait: float | None = None
     oldest_use: float | None = None
+    overdue: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """
+    Who has a connection that is out.
+
+    Attributes:
+        pool: The name of its pool.
+        held_s: For how long, in seconds.
+        call_site: Where the application asked for it, ``file:line function``.
+        via: The library's function that it called there.
+        trace_id: Of the span that was current there, in hexadecimal digits.
+        span_id: Likewise.
+        task: The name of the asyncio task, or of the thread, that asked.
+        kind: What it is held for, where the library tells: ``pub/sub``, ``blocking``, ``transaction``.
+    """
+
+    pool: str
+    held_s: float
+    call_site: str | None = None
+    via: str | None = None
+    trace_id: str | None = None
+    span_id: str | None = None
+    task: str | None = None
+    kind: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)

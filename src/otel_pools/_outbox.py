@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 from . import _vocabulary as words
+from ._leases import Lease
 from ._merge import Histogram, record_all
 from ._model import Tally
 
@@ -15,6 +16,19 @@ from ._model import Tally
 LIMIT = 2**17
 
 T = TypeVar("T")
+
+
+class Event(NamedTuple):
+    """Something worth a word: what, about which loan, after how many seconds, and what other loan has a part in it."""
+
+    what: str
+    lease: Lease
+    seconds: float
+    other: Lease | None = None
+
+
+# So many are said at the next collection; of more only their number is told.
+WORDS = 100
 
 
 class Note(NamedTuple):
@@ -39,7 +53,7 @@ class Outbox:
     """
     What happened under one pool name and nobody has collected yet.
 
-    The six lists are the whole interface to the request and release paths:
+    The seven lists are the whole interface to the request and release paths:
     those only ever `append`, which is atomic, so a finaliser may run them
     inside anything, and they need no lock.
     """
@@ -50,9 +64,13 @@ class Outbox:
         "_created",
         "_dropped",
         "_folding",
+        "_leaked",
+        "_nested",
         "closes",
         "creates",
+        "events",
         "lives",
+        "news",
         "notes",
         "uses",
         "waits",
@@ -65,10 +83,14 @@ class Outbox:
         self.creates: list[float] = []
         self.closes: list[str] = []
         self.lives: list[float] = []  # how long those lived that were closed
+        self.events: list[Event] = []  # what is worth a word
         self._checkouts: Counter[tuple[str | None, str | None]] = Counter()
         self._closed: Counter[str] = Counter()
         self._created = 0
         self._dropped = 0
+        self._nested = 0
+        self._leaked: Counter[str] = Counter()
+        self.news: deque[Event] = deque(maxlen=WORDS)  # of the events, those that nobody has heard of yet
         self._folding = Lock()
 
     def __repr__(self) -> str:
@@ -92,6 +114,11 @@ class Outbox:
         with self._folding:
             self._checkouts[None, error] += more
 
+    def overdue(self) -> None:
+        """Count one more connection that is out for too long."""
+        with self._folding:
+            self._leaked[words.OVERDUE] += 1
+
     def spill(self) -> None:
         """
         Make room when nobody collects: what is dropped is still counted.
@@ -109,7 +136,9 @@ class Outbox:
         """What has been counted so far."""
         checkouts = dict(self._checkouts)  # in one step: a request may be spilling
         timeouts = sum(count for (_, error), count in checkouts.items() if error == words.TIMEOUT)
-        return Tally(checkouts, timeouts, self._created, dict(self._closed), self._dropped)
+        return Tally(
+            checkouts, timeouts, self._created, dict(self._closed), self._dropped, dict(self._leaked), self._nested
+        )
 
     def _take(self) -> tuple[list[float], list[Note], list[float], list[float], list[float]]:
         """Empty the lists and count what was in them."""
@@ -119,6 +148,10 @@ class Outbox:
         self._checkouts.update((note.path, note.error) for note in notes)
         self._created += len(creates)
         self._closed.update(_cut(self.closes))
+        events = _cut(self.events)
+        self._nested += sum(event.what == words.NESTED for event in events)
+        self._leaked[words.COLLECTED] += sum(event.what == words.COLLECTED for event in events)
+        self.news.extend(events)
         return waits, notes, uses, creates, _cut(self.lives)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from . import _leaks
 from ._guard import guard, lost_quietly
+from ._leases import Lend, lend, lend_barely
 from ._model import Identity, Reading, Snapshot
 from ._watch import KeyedRef, Ledger, Watch, age, clock
 
@@ -32,13 +35,15 @@ class Registry:
 
     __slots__ = (
         "__weakref__",
-        "_spans",
         "active",
         "ledgers",
+        "lend",
         "owners",
+        "patience",
         "resting",
         "settings",
         "sighted",
+        "spans",
         "target",
         "watches",
     )
@@ -46,7 +51,9 @@ class Registry:
     def __init__(self, target: Target, settings: Settings, spans: Spans) -> None:
         self.target = target
         self.settings = settings
-        self._spans = spans
+        self.spans = spans
+        self.lend: Lend = lend if settings.call_site else lend_barely
+        self.patience = settings.leak_threshold or math.inf
         self.watches: dict[int, Watch] = {}  # those that hand out connections
         self.resting: dict[int, Watch] = {}  # those that were replaced, until their last connection is gone
         self.sighted: dict[int, KeyedRef] = {}  # those we know of and have not met
@@ -95,7 +102,7 @@ class Registry:
     def _meet(self, pool: Any) -> Watch:
         key, pool = self.target.anchor(pool)
         ref = KeyedRef(pool, self._gone, key)
-        watch = Watch(ref, self._ledger(pool), self.target.read, self._spans, self.owners)
+        watch = Watch(ref, self._ledger(pool), self)
         watch = self.watches.setdefault(key, watch)
         self.sighted.pop(key, None)
         for connection, is_open in self.target.members(pool):
@@ -130,7 +137,24 @@ class Registry:
             now[id(watch.ledger)] = (snapshot + watch.snapshot(), pools + (not watch.closed_down))
         for ledger in list(self.ledgers.values()):
             with guard("a reading"):
-                yield ledger, _reading(ledger, *now.get(id(ledger), (Snapshot(), None)))
+                yield ledger, self._reading(ledger, *now.get(id(ledger), (Snapshot(), None)))
+
+    def _reading(self, ledger: Ledger, snapshot: Snapshot, pools: int | None) -> Reading:
+        now = clock()
+        overdue = _leaks.look(ledger, self.patience, self.target.purpose, now)
+        if pools is None:  # none is left: only what has happened remains to be told
+            return Reading(snapshot, ledger.outbox.tally())
+        return Reading(
+            snapshot=replace(snapshot, origins=ledger.with_former(snapshot.origins)),
+            tally=ledger.outbox.tally(),
+            overdue=overdue,
+            pools=pools,
+            # Who shares a connection is not one more of them.
+            peak=ledger.take_peak(snapshot.used or 0) if snapshot.streams is None else None,
+            # list() copies in one step: other threads go on writing.
+            oldest_wait=age(list(ledger.waiting), now),
+            oldest_use=age((lease[0] for lease in list(ledger.leases.values())), now),
+        )
 
     # -- when things change ----------------------------------------------------
 
@@ -161,27 +185,17 @@ class Registry:
             self.sight(pool)
 
 
-def _reading(ledger: Ledger, snapshot: Snapshot, pools: int | None) -> Reading:
-    if pools is None:  # none is left: only what has happened remains to be told
-        return Reading(snapshot, ledger.outbox.tally())
-    now = clock()
-    return Reading(
-        snapshot=replace(snapshot, origins=ledger.with_former(snapshot.origins)),
-        tally=ledger.outbox.tally(),
-        pools=pools,
-        # Who shares a connection is not one more of them.
-        peak=ledger.take_peak(snapshot.used or 0) if snapshot.streams is None else None,
-        oldest_wait=age(ledger.waiting.values(), now),
-        oldest_use=age(ledger.leases.values(), now),
-    )
-
-
 _alive: weakref.WeakSet[Registry] = weakref.WeakSet()
+
+
+def alive() -> list[Registry]:
+    """The registries of all libraries that are watched."""
+    return [registry for registry in list(_alive) if registry.active]
 
 
 def renamed(pool: Any) -> None:
     """*pool* goes by another name from now on, whosever it is."""
-    for registry in list(_alive):
+    for registry in alive():
         registry.rename(pool)
 
 

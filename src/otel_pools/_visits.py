@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import _vocabulary as words
 from ._guard import guard, lost_quietly
 from ._hooks import Hook, Pick
+from ._leases import who
 from ._outbox import LIMIT
 from ._watch import ABANDONED, Refusal, Watch, clock, kind
 
@@ -36,7 +37,7 @@ class Visit:
     refused: BaseException | None = None
     context: Any = None
     since = 0.0
-    ticket: tuple[dict[float, float], float] | None = None  # where it waits, if it does
+    ticket: tuple[dict[float, int], float] | None = None  # where it waits, if it does
     start = 0.0
 
     def __init__(self, watch: Watch) -> None:
@@ -47,7 +48,9 @@ class Visit:
 
     def __del__(self) -> None:
         if self.connection is not None:
-            self.watch.leases.pop(id(self), None)
+            lease = self.watch.leases.pop(id(self), None)
+            if lease is not None:
+                self.watch.collected(lease)
         self.waits_no_more()
 
     @property
@@ -60,8 +63,8 @@ class Visit:
         now = clock()
         self.start = self.start or now
         waiting = self.watch.waiting
-        waiting[now] = self.start
-        self.ticket = waiting, now
+        waiting[self.start] = who()
+        self.ticket = waiting, self.start
         return now
 
     def queued(self, seconds: float) -> None:
@@ -81,7 +84,8 @@ class Visit:
         """It has a connection, or may open one."""
         watch = self.watch
         leases = watch.leases
-        leases[id(self)] = self.since = clock()
+        self.since = clock()
+        leases[id(self)] = watch.lend(self.since, who())
         if len(leases) > watch.ledger.peak:
             watch.ledger.peak = len(leases)
         if self.waited and self.waited >= watch.slow and self.context is None:
@@ -149,10 +153,10 @@ class Visit:
 
     def left(self) -> None:
         """It is over."""
-        watch = self.watch
-        if watch.leases.pop(id(self), None) is not None:
-            watch.uses.append(clock() - self.since)
-        self.connection = None
+        watch, self.connection = self.watch, None
+        lease = watch.leases.pop(id(self), None)
+        if lease is not None:
+            watch.used(lease, clock())
 
 
 def visit_of(request: Any) -> Visit | None:
@@ -296,8 +300,8 @@ def _line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
             return stand_in_line(arrived, place, *args, **kwargs)
         arrived.connection = connection = original(place, *args, **kwargs)
         watch = arrived.watch
-        leases = watch.leases
-        leases[id(arrived)] = arrived.since = clock()
+        leases, arrived.since = watch.leases, clock()
+        leases[id(arrived)] = watch.lend(arrived.since, who())
         if len(leases) > watch.ledger.peak:
             watch.ledger.peak = len(leases)
         return connection
@@ -325,8 +329,8 @@ def _async_line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., A
             return await stand_in_line(arrived, place, *args, **kwargs)
         arrived.connection = connection = await original(place, *args, **kwargs)
         watch = arrived.watch
-        leases = watch.leases
-        leases[id(arrived)] = arrived.since = clock()
+        leases, arrived.since = watch.leases, clock()
+        leases[id(arrived)] = watch.lend(arrived.since, who())
         if len(leases) > watch.ledger.peak:
             watch.ledger.peak = len(leases)
         return connection

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from ._model import Identity, Load, Reading
+from ._model import Holder, Identity, Load, Reading, Snapshot
 
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 
@@ -23,6 +23,8 @@ STATE = "db.client.connection.state"
 ERROR = "error.type"
 PATH = "otel_pools.checkout.path"
 REASON = "otel_pools.close.reason"
+
+LEAK = "otel_pools.leak.kind"
 
 # Of an HTTP pool, by origin; and of its HTTP/2 streams.
 SCHEME = "url.scheme"
@@ -57,8 +59,46 @@ REASONS = (
     CLOSED,
 )
 
+# How a connection leaks (LEAK): out for too long, or given back by the garbage collector.
+OVERDUE, COLLECTED = "overdue", "collected"
+LEAKS = (OVERDUE, COLLECTED)
+
+# What a connection is held for; the first three on purpose, for as long as it takes.
+PUBSUB, BLOCKING, RESERVED, TRANSACTION = "pub/sub", "blocking", "reserved", "transaction"
+ON_PURPOSE = (PUBSUB, BLOCKING, RESERVED)
+
+# What else is worth a word at the next collection.
+NESTED, LATE = "nested", "late"
+
 # Seconds. The SDK's default buckets are made for milliseconds: its first bound would be 5 s.
 BUCKETS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0)
+
+
+# On the span of a wait: how full the pool is; and of each who holds a connection (HOLDER), an event's attributes.
+POOL_STATE = ("used", "idle", "max", "overflow", "pending")
+HOLDER = "otel_pools.holder"
+
+
+def state(snapshot: Snapshot) -> dict[str, int]:
+    """The attributes of a span that say how full its pool is."""
+    numbers = {f"otel_pools.pool.{name}": getattr(snapshot, name) for name in POOL_STATE}
+    return {key: number for key, number in numbers.items() if number is not None}
+
+
+def held(holder: Holder) -> dict[str, str | int | float]:
+    """The attributes of an event about who holds a connection; the code's are those of semantic conventions."""
+    place, _, function = (holder.call_site or "").rpartition(" ")
+    path, _, line = place.rpartition(":")
+    known = {
+        f"{HOLDER}.held": holder.held_s,
+        f"{HOLDER}.trace_id": holder.trace_id,
+        f"{HOLDER}.task": holder.task,
+        f"{HOLDER}.kind": holder.kind,
+        "code.file.path": path or None,
+        "code.line.number": int(line) if line else None,
+        "code.function.name": function or None,
+    }
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def span_name(identity: Identity) -> str:
@@ -332,6 +372,28 @@ EVERY = (
         "{connection}",
         "Places in the pool that are occupied and owned by nobody.",
         _one(lambda r: r.snapshot.orphaned),
+    ),
+    Metric(
+        "otel_pools.connection.overdue",
+        Kind.UP_DOWN,
+        "{connection}",
+        "Connections that have been out for longer than the leak threshold.",
+        _one(lambda r: r.overdue),
+    ),
+    Metric(
+        "otel_pools.connection.leaked",
+        Kind.COUNTER,
+        "{connection}",
+        "Connections that were out for longer than the leak threshold, or that the garbage collector gave back.",
+        lambda r: [(r.tally.leaked.get(leak, 0), {LEAK: leak}) for leak in LEAKS],
+        (LEAK,),
+    ),
+    Metric(
+        "otel_pools.checkout.nested",
+        Kind.COUNTER,
+        "{checkout}",
+        "Checkouts by a thread or task that held a connection of the same pool.",
+        _one(lambda r: r.tally.nested),
     ),
     Metric(
         "otel_pools.stream.count",

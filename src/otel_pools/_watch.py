@@ -6,18 +6,20 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
+from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from . import _vocabulary as words
-from ._guard import guard, lost, lost_quietly
+from ._guard import guard, lost
+from ._leases import Lease
 from ._model import Identity, Load, Origin, Snapshot
-from ._outbox import LIMIT, Note, Outbox
+from ._outbox import LIMIT, Event, Note, Outbox
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ._spans import Spans
+    from ._registry import Registry
 
 clock = perf_counter
 
@@ -101,13 +103,15 @@ class Ledger:
     happen outside a collection.
     """
 
-    __slots__ = ("_origins", "identity", "leases", "outbox", "peak", "waiting")
+    __slots__ = ("_origins", "identity", "leases", "looking", "outbox", "overdue", "peak", "waiting")
 
     def __init__(self, identity: Identity) -> None:
         self.identity = identity
-        # Since when -> the same: a moment is ticket enough, as nobody else's clock was read in it.
-        self.waiting: dict[float, float] = {}
-        self.leases: dict[int, float] = {}  # id of what is held -> since
+        # Since when -> who: a moment is ticket enough, as nobody else's clock was read in it.
+        self.waiting: dict[float, int] = {}
+        self.leases: dict[int, Lease] = {}  # id of what is held -> by whom, and since when
+        self.overdue: dict[int, Lease] = {}  # those that were out for too long at the last look
+        self.looking = Lock()  # of two collections at once the second takes what the first has found
         self.peak = 0
         self.outbox = Outbox()
         self._origins: dict[Origin, Load] = {}
@@ -132,8 +136,7 @@ class Ledger:
 
 def age(since: Iterable[float], now: float) -> float:
     """How long ago the earliest of these moments was, in seconds; 0 if there is none."""
-    # list() copies in one step: other threads go on writing.
-    return max((now - moment for moment in list(since)), default=0.0)
+    return max((now - moment for moment in since), default=0.0)
 
 
 class Watch:
@@ -151,34 +154,32 @@ class Watch:
         "_spans",
         "closed_down",
         "creating",
+        "holding",
         "leases",
         "ledger",
+        "lend",
         "made",
         "members",
         "notes",
         "opened",
         "orphans",
         "owners",
+        "patience",
         "pool",
+        "purpose",
         "slow",
         "uses",
         "waiting",
         "waits",
     )
 
-    def __init__(
-        self,
-        pool: weakref.ref[Any],
-        ledger: Ledger,
-        read: Callable[[Any, Watch], Snapshot],
-        spans: Spans,
-        owners: dict[int, Watch],
-    ) -> None:
+    def __init__(self, pool: weakref.ref[Any], ledger: Ledger, registry: Registry) -> None:
         self.pool = pool
         self.ledger: Ledger
-        self.waiting: dict[float, float] = {}
-        self.leases: dict[int, float] = {}
-        self.owners = owners  # shared by all pools: id of a connection -> whose it is
+        self.waiting: dict[float, int] = {}
+        self.leases: dict[int, Lease] = {}
+        self.holding: dict[int, int] = {}  # who -> id of what it has of this pool, the latest if it has several
+        self.owners = registry.owners  # shared by all pools: id of a connection -> whose it is
         self.members: dict[int, KeyedRef] = {}  # the connections we have met, held weakly
         self.creating: set[int] = set()  # ids of those being opened: open perhaps, but not idle
         self.opened: dict[int, float] = {}  # ids of those that we have seen being opened, and not closed -> since
@@ -186,9 +187,12 @@ class Watch:
         self.orphans: set[int] = set()  # ids of those that were lost on their way back
         self.closed_down = False
         self._missing = 0
-        self._read = read
-        self._spans = spans
-        self.slow = spans.threshold
+        self._read = registry.target.read
+        self._spans = registry.spans
+        self.slow = registry.spans.threshold
+        self.patience = registry.patience
+        self.lend = registry.lend
+        self.purpose = registry.target.purpose
         self.move(ledger)
 
     def __repr__(self) -> str:
@@ -201,8 +205,8 @@ class Watch:
     def move(self, ledger: Ledger, leases: Iterable[int] = ()) -> None:
         """Go by another name from now on, and take these leases along."""
         for key in list(leases):
-            if (since := self.leases.pop(key, None)) is not None:
-                ledger.leases[key] = since
+            if (lease := self.leases.pop(key, None)) is not None:
+                ledger.leases[key] = lease
         self.ledger = ledger
         # Short cuts: these are looked up on every checkout.
         self.waiting, self.leases = ledger.waiting, ledger.leases
@@ -213,29 +217,33 @@ class Watch:
     def acquired(self, start: float, seconds: float) -> None:
         """Somebody got a connection, slowly or by a detour; the common case never comes here."""
         path = _path(_ended(_passage.get(), start))
-        self.noted(seconds, path, None, self.span(seconds, path, None) if seconds >= self.slow else None)
+        is_worth_it = seconds >= self.slow or (path == words.NEW and self.state().overflow)
+        self.noted(seconds, path, None, self.span(seconds, path, None) if is_worth_it else None)
 
-    def lent(self, start: float, result: Any, lease: Callable[[Any], Any] | None) -> None:
-        """Somebody got *result*, unless a call inside this one has said so already."""
-        end = clock()
-        try:
-            held = result if lease is None else lease(result)
-            if held is None or self.leases.get(id(held), -1.0) >= start:
-                return
-            self.leases[id(held)] = end
-            self.ledger.peak = max(self.ledger.peak, len(self.leases))
-            if _passage.get() is None and end - start < self.slow:
-                self.waits.append(end - start)
-                if len(self.waits) > LIMIT:
-                    self.ledger.outbox.spill()
-            else:
-                self.acquired(start, end - start)
-        except Exception as mistake:
-            lost_quietly("a checkout", mistake)
+    def lent(self, start: float, end: float) -> None:
+        """Somebody asked and got one."""
+        self.ledger.peak = max(self.ledger.peak, len(self.leases))
+        if _passage.get() is None and end - start < self.slow:
+            self.waits.append(end - start)
+            if len(self.waits) > LIMIT:
+                self.ledger.outbox.spill()
+        else:
+            self.acquired(start, end - start)
 
-    def failed(self, start: float, error: BaseException, refusal: Refusal) -> None:
+    def nests(self, owner: int, key: int | None) -> None:
+        """Who holds one has asked for another, and got that of this *key* or none; if all do so, nobody gets one."""
+        lease = self.leases.get(self.holding.get(owner, 0))
+        if lease is not None:
+            other = self.lend(clock(), owner) if key is None else self.leases.get(key)
+            self.ledger.outbox.events.append(Event(words.NESTED, lease, 0.0, other))
+        if key is not None:
+            self.holding[owner] = key
+
+    def failed(self, start: float, error: BaseException, refusal: Refusal, owner: int) -> None:
         """Somebody asked and got none; *error* goes on to the caller untouched."""
         with guard("a failed checkout"):
+            if owner in self.holding:
+                self.nests(owner, None)
             seconds = clock() - start
             passage = _ended(_passage.get(), start)
             if type(error).__qualname__ in ABANDONED:
@@ -247,26 +255,45 @@ class Watch:
     def refused(self, seconds: float, path: str, error: str) -> None:
         """Somebody got none, for this reason."""
         self.noted(seconds, path, error, self.span(seconds, path, error))
+        if error in {words.TIMEOUT, words.EXHAUSTED}:
+            self._spans.exhausted(self, seconds)
 
     def span(self, seconds: float, path: str, error: str | None) -> Any:
         """Write the span of a wait that has just ended; returns the context for its exemplar."""
-        return self._spans.waited(self.ledger.identity, seconds, path, error)
+        return self._spans.waited(self, seconds, path, error)
 
     def returned(self, lease: Any) -> None:
         """Something came back that we had not seen go out; if it was out before we came, we know it now."""
         if id(lease) not in self.members:
             self.met(lease)
 
-    def ended(self, lease: Any) -> None:
+    def ended(self, connection: Any) -> None:
         """A loan ended, but not by coming back."""
-        since = self.leases.pop(id(lease), None)
-        if since is not None:
-            self.uses.append(clock() - since)
+        lease = self.leases.pop(id(connection), None)
+        if lease is not None:
+            self.used(lease, clock())
 
-    def kept(self, lease: Any, since: float) -> None:
+    def used(self, lease: Lease, end: float) -> None:
+        """A loan ended."""
+        self.holding.pop(lease[1], None)
+        seconds = end - lease[0]
+        self.uses.append(seconds)
+        if seconds > self.patience:
+            self.late(lease, seconds)
+
+    def late(self, lease: Lease, seconds: float) -> None:
+        """A loan ended after all."""
+        self.ledger.outbox.events.append(Event(words.LATE, lease, seconds))
+
+    def collected(self, lease: Lease) -> None:
+        """The garbage collector gave back what its owner had dropped."""
+        self.ledger.outbox.events.append(Event(words.COLLECTED, lease, clock() - lease[0]))
+
+    def kept(self, connection: Any, lease: Lease) -> None:
         """What should have come back did not: it is out as before, and nobody holds it any more."""
-        self.leases[id(lease)] = since
-        self.orphans.add(id(lease))
+        self.holding.pop(lease[1], None)
+        self.leases[id(connection)] = lease
+        self.orphans.add(id(connection))
 
     def met(self, connection: Any) -> None:
         """Know *connection* from now on, for as long as it lives."""
@@ -274,7 +301,10 @@ class Watch:
         self.owners[id(connection)] = self
 
     def _gone(self, ref: KeyedRef) -> None:
-        for table in (self.members, self.leases, self.owners):
+        lease = self.leases.pop(ref.key, None)
+        if lease is not None:
+            self.holding.pop(lease[1], None)
+        for table in (self.members, self.owners):
             table.pop(ref.key, None)
         self.orphans.discard(ref.key)
         self.made.discard(ref.key)
@@ -335,16 +365,18 @@ class Watch:
             if (connection := ref()) is not None:
                 yield connection
 
-    def snapshot(self) -> Snapshot:
+    def state(self) -> Snapshot:
         """What the pool says about itself now; nothing if it is gone or cannot be read."""
         pool = self.pool()
-        if pool is None:
-            return Snapshot()
         try:
-            now = self._read(pool, self)
+            return Snapshot() if pool is None else self._read(pool, self)
         except Exception as error:
             lost(f"reading a {type(pool).__qualname__}", error)
             return Snapshot()
+
+    def snapshot(self) -> Snapshot:
+        """What is to be told of that, at a collection."""
+        now = self.state()
         if self.closed_down:
             # A pool that was replaced hands out no more, so its limits no longer count.
             return Snapshot(used=now.used, idle=now.idle, pending=now.pending)

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from .._hooks import Row
+    from .._leases import Loan
     from .._model import Identity, Snapshot
     from .._registry import Registry
     from .._watch import Ledger, Watch
@@ -64,6 +65,10 @@ def _connections(pool: Any, watch: Watch) -> Iterable[int]:
     return map(id, watch.connections())
 
 
+def _unknown(loan: Loan) -> None:
+    return None
+
+
 def _nobody(registry: Registry, ledger: Ledger) -> Collection[str]:
     return ()
 
@@ -85,6 +90,7 @@ class Target:
         anchor: From a pool to its id, and to what lives as long as it and can be referenced weakly.
         pools_of: From what a user holds (an engine, a client) to its pools; raises TypeError if it is nothing of ours.
         name_pool: Remember the name a user gives a pool.
+        purpose: What a loan is for, where somebody holds a connection on purpose.
         leases: The ids of what stands for a pool's loans, of the living ones at least.
         withheld: Names of metrics that somebody else emits for the pools of this name, asked at every collection.
     """
@@ -99,6 +105,7 @@ class Target:
     anchor: Callable[[Any], tuple[int, Any]] = _by_id
     pools_of: Callable[[Any], Iterable[Any]] = itself
     name_pool: Callable[[Any, str], None] = given_names.__setitem__
+    purpose: Callable[[Loan], str | None] = _unknown
     leases: Callable[[Any, Watch], Iterable[int]] = _connections
     withheld: Callable[[Registry, Ledger], Collection[str]] = _nobody
 

@@ -21,6 +21,7 @@ from .._watch import KeyedRef
 from . import Target, existing, given_names
 
 if TYPE_CHECKING:
+    from .._leases import Loan
     from .._registry import Registry
     from .._watch import Ledger, Watch
 
@@ -322,6 +323,23 @@ def _out(pool: Any, connection: Any) -> bool:
     return any(one is connection for one in _used(pool))
 
 
+# What the application called to borrow a connection for as long as it likes.
+PURPOSES = {
+    **dict.fromkeys(("listen", "get_message", "psubscribe", "run_in_thread", "ssubscribe", "subscribe"), words.PUBSUB),
+    **dict.fromkeys(
+        ("blmove", "blmpop", "blpop", "brpop", "brpoplpush", "bzmpop", "bzpopmax", "bzpopmin", "xread", "xreadgroup"),
+        words.BLOCKING,
+    ),
+    **dict.fromkeys(("monitor", "next_command", "__enter__", "__aenter__", "__init__", "initialize"), words.RESERVED),
+    **dict.fromkeys(("watch", "immediate_execute_command"), words.TRANSACTION),
+}
+
+
+def purpose(loan: Loan) -> str | None:
+    """What a connection is held for, by the method that the application called."""
+    return None if loan.via is None else PURPOSES.get(loan.via.co_name)
+
+
 # From the function of redis-py that had a connection closed to why.
 CALLERS = {
     "release": "invalidated",  # marked for reconnection, or the owner is another: Sentinel has failed over
@@ -413,13 +431,13 @@ def _put_back(registry: Registry, node: Any, connection: Any) -> None:
     """The last thing it has done is to put it back; if not, it never will."""
     try:
         watch = registry.find(node)
-        since = None if watch is None else watch.leases.get(id(connection))
-        if watch is None or since is None:
+        lease = None if watch is None else watch.leases.get(id(connection))
+        if watch is None or lease is None:
             return
         if node._free and node._free[-1] is connection:
             watch.ended(connection)
         else:
-            watch.kept(connection, since)
+            watch.kept(connection, lease)
     except Exception as mistake:
         lost_quietly("a checkin", mistake)
 
@@ -558,6 +576,7 @@ TARGET = Target(
     discover=discover,
     anchor=anchor,
     pools_of=pools_of,
+    purpose=purpose,
     withheld=withheld,
     hooks={"redis": (*_rows("redis"), _Replacement()), "valkey": _rows("valkey")},
 )

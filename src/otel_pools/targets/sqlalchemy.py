@@ -363,7 +363,9 @@ TARGET = Target(
         "sqlalchemy": (
             acquire("sqlalchemy.pool.base:Pool.connect", lease=attrgetter("_connection_record"), refusal=refusal),
             acquire("sqlalchemy.pool.impl:SingletonThreadPool.connect", lease=_loan, refusal=refusal),
-            release("sqlalchemy.pool.base:_ConnectionRecord.checkin", pool=_pool_of_record),
+            release(
+                "sqlalchemy.pool.base:_ConnectionRecord.checkin", pool=_pool_of_record, loan=attrgetter("fairy_ref")
+            ),
             queue("sqlalchemy.util.queue:Queue.get", items=attrgetter("queue")),
             queue("sqlalchemy.util.queue:AsyncAdaptedQueue.get", items=attrgetter("_queue._queue")),
             create(

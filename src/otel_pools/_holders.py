@@ -1,0 +1,56 @@
+"""Who holds the connections of a pool, in words that a person on call can use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opentelemetry.trace import SpanContext, get_current_span
+
+from ._leases import Lease, Loan, Purpose, site
+from ._model import Holder
+
+if TYPE_CHECKING:
+    from ._watch import Ledger
+
+
+def holders_of(ledger: Ledger, purpose: Purpose, now: float) -> list[Holder]:
+    """Those of one pool name, who has held longest first; *now* is on the clock of `_watch`."""
+    # list() copies in one step: other threads go on writing.
+    leases = sorted(list(ledger.leases.values()), key=lambda lease: lease[0])  # noqa: C414  # as said
+    return [_holder(ledger.identity.name, lease, purpose, now) for lease in leases]
+
+
+def _holder(pool: str, lease: Lease, purpose: Purpose, now: float) -> Holder:
+    loan, span = Loan(*lease), span_of(lease)
+    return Holder(
+        pool=pool,
+        held_s=round(now - loan.since, 6),
+        call_site=site(lease),
+        via=None if loan.via is None else loan.via.co_name,
+        trace_id=None if span is None else f"{span.trace_id:032x}",
+        span_id=None if span is None else f"{span.span_id:016x}",
+        task=loan.name,
+        kind=purpose(loan),
+    )
+
+
+def span_of(lease: Lease) -> SpanContext | None:
+    """The span that was current where the connection was borrowed."""
+    context = lease[3]
+    if context is None:
+        return None
+    span: SpanContext = context.copy().run(get_current_span).get_span_context()
+    return span if span.is_valid else None
+
+
+def told(holder: Holder) -> str:
+    """One holder, for the log."""
+    parts = (
+        f"for {holder.held_s:.2f} s",
+        holder.call_site and f"from {holder.call_site}",
+        holder.via and f"by {holder.via}()",
+        holder.task and f"in {holder.task}",
+        holder.trace_id and f"trace {holder.trace_id}",
+        holder.kind,
+    )
+    return ", ".join(part for part in parts if part)
