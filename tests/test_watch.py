@@ -15,7 +15,7 @@ from sqlalchemy.pool import QueuePool
 
 import otel_pools
 from otel_pools import Settings, _doors, _guard
-from otel_pools._leases import lend, who
+from otel_pools._leases import lend
 from otel_pools._model import Identity, Load, Origin, Snapshot
 from otel_pools._outbox import Histograms
 from otel_pools._registry import Registry
@@ -152,16 +152,16 @@ def watch():
     del pool
 
 
-def test_asyncio_waits_are_bounded(watch, monkeypatch):
-    """If nobody collects, what asyncio pools append is dropped and counted too."""
+def test_notes_are_bounded(watch, monkeypatch):
+    """If nobody collects, waits with a story are dropped and counted too."""
     monkeypatch.setattr("otel_pools._watch.LIMIT", 10)
     for _ in range(25):
-        watch.watch.lent(time.perf_counter(), time.perf_counter())
+        watch.watch.noted(0.0, "new", None, None)
 
     tally = watch.outbox.tally()
 
-    assert len(watch.watch.waits) <= 10
-    assert tally.dropped + len(watch.watch.waits) == 25
+    assert len(watch.watch.notes) <= 10
+    assert tally.dropped + len(watch.watch.notes) == 25
 
 
 def test_what_is_missing_once_is_on_its_way(watch):
@@ -219,7 +219,7 @@ def test_a_pool_takes_its_leases_to_its_new_name(watch):
     """Who holds a connection holds it under the new name, and those of another pool stay."""
     mine, theirs = Thing(), Thing()
     for held in (mine, theirs):
-        watch.watch.leases[id(held)] = lend(time.perf_counter(), who())
+        watch.watch.leases[id(held)] = lend(time.perf_counter())
     old, new = watch.watch.ledger, Ledger(Identity("lib", "sys", "two"))
     watch.watch.move(new, [id(mine)])
 

@@ -44,6 +44,7 @@ class Configuration:
     names: list[str] | None = None
     leak_threshold: float | None = None
     call_site: bool | None = None
+    busy_time: bool | None = None
     native_redis: str | None = None
 
 
@@ -334,7 +335,7 @@ def holders(pool: str | None = None) -> tuple[Holder, ...]:
         for registry in alive()
         for ledger in list(registry.ledgers.values())
         if pool in {None, ledger.identity.name}
-        for holder in holders_of(ledger, registry.target.purpose, clock())
+        for holder in holders_of(ledger, registry, clock())
     ]
     return tuple(sorted(found, key=lambda holder: -holder.held_s))
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from asyncio import _get_running_loop as running_loop
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import update_wrapper
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _vocabulary as words
 from ._guard import guard, lost_quietly
-from ._leases import NEVER, who
+from ._leases import NEVER
 from ._outbox import LIMIT
 from ._watch import Refusal, clock, current_passage, detour
 
@@ -181,9 +179,8 @@ def _checkout(  # noqa: C901  # a branch costs less than the call that would tak
         watch = watches.get(id(pool)) or meet(pool)
         if watch is None:
             return original(pool, *args, **kwargs)
-        owner = get_ident() if running_loop() is None else who()
         waiting, start = watch.waiting, clock()
-        waiting[start] = owner
+        waiting[start] = start
         try:
             if crowded is not None and crowded(pool):
                 detour(words.QUEUED)
@@ -194,7 +191,7 @@ def _checkout(  # noqa: C901  # a branch costs less than the call that would tak
             result = original(pool, *args, **kwargs) if args or kwargs else plain(pool)
         except BaseException as error:
             waiting.pop(start, None)
-            watch.failed(start, error, refusal, owner)
+            watch.failed(start, error, refusal)
             raise
         end = clock()
         waiting.pop(start, None)
@@ -202,9 +199,9 @@ def _checkout(  # noqa: C901  # a branch costs less than the call that would tak
             held = result if lease is None else lease(result)
             if held is not None:
                 leases, key = watch.leases, id(held)
-                leases[key] = lend(end, owner)
-                if watch.holding.setdefault(owner, key) != key:
-                    watch.nests(owner, key)
+                leases[key] = loan = lend(end)
+                if watch.holding.setdefault(loan[1], key) != key:
+                    watch.nests(loan[1], key)
                 if len(leases) > watch.ledger.peak:
                     watch.ledger.peak = len(leases)
                 seconds = end - start
@@ -214,7 +211,7 @@ def _checkout(  # noqa: C901  # a branch costs less than the call that would tak
                     if len(waits) > LIMIT:
                         watch.ledger.outbox.spill()
                 else:
-                    watch.acquired(start, seconds)
+                    watch.acquired(start, seconds, key)
         except Exception as mistake:
             lost_quietly("a checkout", mistake)
         return result
@@ -222,7 +219,7 @@ def _checkout(  # noqa: C901  # a branch costs less than the call that would tak
     return checkout
 
 
-def _async_checkout(
+def _async_checkout(  # noqa: C901  # the same
     original: Callable[..., Any],
     registry: Registry,
     *,
@@ -231,15 +228,14 @@ def _async_checkout(
     refusal: Refusal,
     crowded: Pick | None,
 ) -> Callable[..., Any]:
-    watches, meet, lend = registry.watches, registry.meet, registry.lend
+    watches, meet, passage, lend = registry.watches, registry.meet, current_passage, registry.lend
 
-    async def checkout(pool: Any, *args: Any, **kwargs: Any) -> Any:
+    async def checkout(pool: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: C901  # the same
         watch = watches.get(id(pool)) or meet(pool)
         if watch is None:
             return await original(pool, *args, **kwargs)
-        owner = get_ident() if running_loop() is None else who()
         waiting, start = watch.waiting, clock()
-        waiting[start] = owner
+        waiting[start] = start
         try:
             if crowded is not None and crowded(pool):
                 detour(words.QUEUED)
@@ -249,7 +245,7 @@ def _async_checkout(
             result = await (original(pool, *args, **kwargs) if args or kwargs else plain(pool))
         except BaseException as error:
             waiting.pop(start, None)
-            watch.failed(start, error, refusal, owner)
+            watch.failed(start, error, refusal)
             raise
         waiting.pop(start, None)
         end = clock()
@@ -257,10 +253,20 @@ def _async_checkout(
             held = result if lease is None else lease(result)
             # A call inside this one may have said so already.
             if held is not None and watch.leases.get(id(held), NEVER)[0] < start:
-                watch.leases[id(held)] = lend(end, owner)
-                if watch.holding.setdefault(owner, id(held)) != id(held):
-                    watch.nests(owner, id(held))
-                watch.lent(start, end)
+                key = id(held)
+                watch.leases[key] = loan = lend(end)
+                if watch.holding.setdefault(loan[1], key) != key:
+                    watch.nests(loan[1], key)
+                seconds = end - start
+                if len(watch.leases) > watch.ledger.peak:
+                    watch.ledger.peak = len(watch.leases)
+                if passage() is None and seconds < watch.slow:
+                    waits = watch.waits
+                    waits.append(seconds)
+                    if len(waits) > LIMIT:
+                        watch.ledger.outbox.spill()
+                else:
+                    watch.acquired(start, seconds, key)
         except Exception as mistake:
             lost_quietly("a checkout", mistake)
         return result
@@ -383,7 +389,11 @@ def _async_checkin(
             except Exception as mistake:
                 lost_quietly("a checkin", mistake)
             raise
-        watch.used(lease, end)
+        watch.holding.pop(lease[1], None)
+        seconds = end - lease[0]
+        watch.uses.append(seconds)
+        if seconds > watch.patience:
+            watch.late(lease, seconds)
         return result
 
     return checkin
@@ -427,6 +437,7 @@ def create(where: str, *, pool: Pick, opened: Callable[[Any], bool]) -> Hook:
             passage.creating = True
             watch.met(record)
             watch.creating.add(id(record))
+            watch.inherited.pop(id(record), None)
             try:
                 result = original(record, *args, **kwargs)
             except BaseException as error:

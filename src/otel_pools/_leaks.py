@@ -67,6 +67,8 @@ def _news(ledger: Ledger) -> list[str]:
             said.append(f"came back after all, after {event.seconds:.1f} s{_by(event.lease)}")
         elif event.what == words.NESTED:
             _nested(ledger, event)
+        elif event.what == words.INHERITED:
+            _inherited(ledger)
     return said
 
 
@@ -79,6 +81,15 @@ def _nested(ledger: Ledger, event: Event) -> None:
         name,
         _by(event.lease),
         inner,
+    )
+
+
+def _inherited(ledger: Ledger) -> None:
+    once(
+        f"inherited {ledger.identity.name}",
+        "otel_pools: pool %s: this process uses a connection that was opened before it was forked, and so may its"
+        " parent; give the child a pool of its own (SQLAlchemy: engine.dispose(close=False) in the child)",
+        ledger.identity.name,
     )
 
 

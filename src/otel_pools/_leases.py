@@ -16,7 +16,7 @@ from types import CodeType, FrameType
 from typing import NamedTuple
 
 Lease = tuple[float, int, "str | None", "Context | None", "CodeType | None", int, "CodeType | None"]
-Lend = Callable[[float, int], Lease]
+Lend = Callable[[float], Lease]
 
 
 # Before all others.
@@ -68,24 +68,28 @@ def who() -> int:
     return get_ident() if task is None else -id(task)
 
 
-def lend(since: float, owner: int) -> Lease:
+def lend(since: float) -> Lease:
     """A lease that knows where it began; called by what takes the place of a method of the library."""
     frame: FrameType | None = sys._getframe(2)
+    owner, name = get_ident(), None
+    # As in `who`, which would be a call more.
+    if running_loop() is not None and (task := current_task()) is not None:
+        owner, name = -id(task), task.get_name()
     via = None
     while frame is not None:
         code = frame.f_code
         tier = _tiers.get(code.co_filename) or _tier(code.co_filename)
         if tier is APPLICATION:
-            return since, owner, None if owner >= 0 else _task(), copy_context(), code, frame.f_lasti, via
+            return since, owner, name, copy_context(), code, frame.f_lasti, via
         if tier is INSTALLED:
             break
         via, frame = code, frame.f_back
-    return since, owner, None if owner >= 0 else _task(), copy_context(), *_further(frame or _beyond(), via)
+    return since, owner, name, copy_context(), *_further(frame or _beyond(), via)
 
 
-def lend_barely(since: float, owner: int) -> Lease:
+def lend_barely(since: float) -> Lease:
     """A lease that does not know its call site."""
-    return since, owner, None if owner >= 0 else _task(), copy_context(), None, -1, None
+    return since, who(), None, copy_context(), None, -1, None
 
 
 def _further(frame: FrameType | None, via: CodeType | None) -> tuple[CodeType | None, int, CodeType | None]:
@@ -110,11 +114,6 @@ def _beyond() -> FrameType | None:
     parent = None if greenlet is None else greenlet.getcurrent().parent
     frame: FrameType | None = None if parent is None else parent.gr_frame
     return frame
-
-
-def _task() -> str | None:
-    task = current_task()
-    return None if task is None else task.get_name()
 
 
 # -- whose a file is -----------------------------------------------------------------

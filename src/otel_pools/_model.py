@@ -138,6 +138,8 @@ class Tally:
         dropped: Samples we could not keep until somebody collected them.
         leaked: Connections that leaked, by how.
         nested: Checkouts by who held a connection of the same pool.
+        inherited: Connections that were used in a process forked from the one that opened them.
+        busy: Seconds that servers worked for who held a connection; None if nobody counts.
     """
 
     checkouts: Mapping[tuple[str | None, str | None], int] = field(default_factory=dict)
@@ -147,6 +149,8 @@ class Tally:
     dropped: int = 0
     leaked: Mapping[str, int] = field(default_factory=dict)
     nested: int = 0
+    inherited: int = 0
+    busy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +190,8 @@ class Holder:
         trace_id: Of the span that was current there, in hexadecimal digits.
         span_id: Likewise.
         task: The name of the asyncio task, or of the thread, that asked.
-        kind: What it is held for, where the library tells: ``pub/sub``, ``blocking``, ``transaction``.
+        kind: What it is held for, where the library tells: ``pub/sub``, ``blocking``, ``reserved``, ``transaction``.
+        busy_s: For how long of that the server worked, in seconds; None if nobody counts (``busy_time``).
     """
 
     pool: str
@@ -197,6 +202,7 @@ class Holder:
     span_id: str | None = None
     task: str | None = None
     kind: str | None = None
+    busy_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -53,19 +53,22 @@ class Outbox:
     """
     What happened under one pool name and nobody has collected yet.
 
-    The seven lists are the whole interface to the request and release paths:
+    The eight lists are the whole interface to the request and release paths:
     those only ever `append`, which is atomic, so a finaliser may run them
     inside anything, and they need no lock.
     """
 
     __slots__ = (
+        "_busy",
         "_checkouts",
         "_closed",
         "_created",
         "_dropped",
         "_folding",
+        "_inherited",
         "_leaked",
         "_nested",
+        "busies",
         "closes",
         "creates",
         "events",
@@ -83,11 +86,14 @@ class Outbox:
         self.creates: list[float] = []
         self.closes: list[str] = []
         self.lives: list[float] = []  # how long those lived that were closed
+        self.busies: list[float] = []  # how long the server worked
         self.events: list[Event] = []  # what is worth a word
         self._checkouts: Counter[tuple[str | None, str | None]] = Counter()
         self._closed: Counter[str] = Counter()
         self._created = 0
         self._dropped = 0
+        self._busy: float | None = None
+        self._inherited = 0
         self._nested = 0
         self._leaked: Counter[str] = Counter()
         self.news: deque[Event] = deque(maxlen=WORDS)  # of the events, those that nobody has heard of yet
@@ -137,7 +143,15 @@ class Outbox:
         checkouts = dict(self._checkouts)  # in one step: a request may be spilling
         timeouts = sum(count for (_, error), count in checkouts.items() if error == words.TIMEOUT)
         return Tally(
-            checkouts, timeouts, self._created, dict(self._closed), self._dropped, dict(self._leaked), self._nested
+            checkouts=checkouts,
+            timeouts=timeouts,
+            created=self._created,
+            closed=dict(self._closed),
+            dropped=self._dropped,
+            leaked=dict(self._leaked),
+            nested=self._nested,
+            inherited=self._inherited,
+            busy=self._busy,
         )
 
     def _take(self) -> tuple[list[float], list[Note], list[float], list[float], list[float]]:
@@ -148,9 +162,13 @@ class Outbox:
         self._checkouts.update((note.path, note.error) for note in notes)
         self._created += len(creates)
         self._closed.update(_cut(self.closes))
-        events = _cut(self.events)
-        self._nested += sum(event.what == words.NESTED for event in events)
-        self._leaked[words.COLLECTED] += sum(event.what == words.COLLECTED for event in events)
+        busies, events = _cut(self.busies), _cut(self.events)
+        if busies:
+            self._busy = (self._busy or 0.0) + sum(busies)
+        what = Counter(event.what for event in events)
+        self._nested += what[words.NESTED]
+        self._inherited += what[words.INHERITED]
+        self._leaked[words.COLLECTED] += what[words.COLLECTED]
         self.news.extend(events)
         return waits, notes, uses, creates, _cut(self.lives)
 

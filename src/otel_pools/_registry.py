@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import _leaks
-from ._guard import guard, lost_quietly
+from ._guard import guard, lost_quietly, once
 from ._leases import Lend, lend, lend_barely
 from ._model import Identity, Reading, Snapshot
 from ._watch import KeyedRef, Ledger, Watch, age, clock
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from ._config import Settings
     from ._spans import Spans
     from .targets import Target
+
+
+# Of so many names what happened is kept: for each the SDK keeps some 20 KB more, and neither ever forgets.
+NAMES = 1000
+OTHERS = "otel_pools.others"
 
 
 class Registry:
@@ -35,6 +40,7 @@ class Registry:
 
     __slots__ = (
         "__weakref__",
+        "_from_parent",
         "active",
         "ledgers",
         "lend",
@@ -59,6 +65,7 @@ class Registry:
         self.sighted: dict[int, KeyedRef] = {}  # those we know of and have not met
         self.ledgers: dict[Identity, Ledger] = {}
         self.owners: dict[int, Watch] = {}  # id of a connection -> whose it is, where that is not written in it
+        self._from_parent: dict[int, dict[int, KeyedRef]] = {}  # id of a pool -> the connections it had at the fork
         self.active = True
         _alive.add(self)
 
@@ -105,6 +112,7 @@ class Registry:
         watch = Watch(ref, self._ledger(pool), self)
         watch = self.watches.setdefault(key, watch)
         self.sighted.pop(key, None)
+        watch.inherit(self._from_parent.pop(key, {}))
         for connection, is_open in self.target.members(pool):
             watch.met(connection)
             if is_open:
@@ -113,10 +121,13 @@ class Registry:
 
     def _ledger(self, pool: Any) -> Ledger:
         identity = self.settings.rename(self.target.identify(pool))
+        if identity not in self.ledgers and len(self.ledgers) >= NAMES:
+            once("names", "otel_pools: more than %d pool names; pools of more are all called %r", NAMES, OTHERS)
+            identity = Identity(identity.library, identity.system, OTHERS)
         return self.ledgers.setdefault(identity, Ledger(identity))
 
     def _gone(self, ref: KeyedRef) -> None:
-        for table in (self.watches, self.resting, self.sighted):
+        for table in (self.watches, self.resting, self.sighted, self._from_parent):
             table.pop(ref.key, None)
 
     # -- when somebody asks ----------------------------------------------------
@@ -179,6 +190,7 @@ class Registry:
         the child has inherited is met as the child finds it.
         """
         pools = [pool for watch in list(self.watches.values()) if (pool := watch.pool()) is not None]
+        self._from_parent = {key: dict(watch.members) for key, watch in self.watches.items()}
         for table in (self.watches, self.resting, self.ledgers, self.owners):
             table.clear()
         for pool in pools:

@@ -10,7 +10,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, get_
 
 from . import _vocabulary as words
 from ._guard import logger, lost
-from ._holders import holders_of, span_of, told
+from ._holders import holders_of, longest, span_of, told
 from ._watch import clock
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Spans:
             return
         self._said[name] = now
         state = watch.state()
-        holders = holders_of(watch.ledger, watch.purpose, now)
+        holders = holders_of(watch.ledger, watch.registry, now)
         lines = "".join(f"\n  held {told(holder)}" for holder in holders[:MOST])
         logger.warning(
             "otel_pools: pool %s is exhausted: %s of %s connections in use, %s waiting, none came in %.2f s%s",
@@ -89,14 +89,13 @@ class Spans:
 def _tell(span: Span, watch: Watch, error: str | None) -> None:
     """How full the pool is, and who holds it; only of a span that somebody will see."""
     span.set_attributes(words.state(watch.state()))
-    now, leases = clock(), sorted(list(watch.ledger.leases.values()), key=lambda lease: lease[0])  # noqa: C414
-    for lease in leases[:MOST]:
+    for _, lease in longest(watch.ledger)[:MOST]:
         _link(span, lease)
     if error is not None:
         span.set_attribute(words.ERROR, error)
         # No description: the message of a driver's error may quote a URL.
         span.set_status(Status(StatusCode.ERROR))
-        for holder in holders_of(watch.ledger, watch.purpose, now)[:MOST]:
+        for holder in holders_of(watch.ledger, watch.registry, clock())[:MOST]:
             span.add_event(words.HOLDER, words.held(holder))
 
 

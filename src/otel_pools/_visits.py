@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from . import _vocabulary as words
 from ._guard import guard, lost_quietly
 from ._hooks import Hook, Pick
-from ._leases import who
 from ._outbox import LIMIT
 from ._watch import ABANDONED, Refusal, Watch, clock, kind
 
@@ -37,7 +36,7 @@ class Visit:
     refused: BaseException | None = None
     context: Any = None
     since = 0.0
-    ticket: tuple[dict[float, int], float] | None = None  # where it waits, if it does
+    ticket: tuple[dict[float, float], float] | None = None  # where it waits, if it does
     start = 0.0
 
     def __init__(self, watch: Watch) -> None:
@@ -63,7 +62,7 @@ class Visit:
         now = clock()
         self.start = self.start or now
         waiting = self.watch.waiting
-        waiting[self.start] = who()
+        waiting[self.start] = self.start
         self.ticket = waiting, self.start
         return now
 
@@ -85,7 +84,7 @@ class Visit:
         watch = self.watch
         leases = watch.leases
         self.since = clock()
-        leases[id(self)] = watch.lend(self.since, who())
+        leases[id(self)] = watch.lend(self.since)
         if len(leases) > watch.ledger.peak:
             watch.ledger.peak = len(leases)
         if self.waited and self.waited >= watch.slow and self.context is None:
@@ -123,9 +122,11 @@ class Visit:
             # Opened behind a proxy, where we cannot see how.
             self._open()
             watch.ledger.outbox.creates.append(0.0)
-        if self.path is IDLE:
+        if self.path is IDLE and watch.slow > 0.0:
             watch.waits.append(0.0)
             return
+        if not self.waited and watch.slow <= 0.0:
+            self.context = watch.span(0.0, self.path, None)
         # An HTTP client's queue is one thing and connecting another; a database's wait is both.
         seconds = self.waited if watch.ledger.identity.system is None else self.waited + self.connecting
         watch.noted(seconds, self.path, None, self.context)
@@ -225,7 +226,7 @@ def _handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed
         except BaseException as error:
             failed(arrived, error)
             raise
-        if arrived.path is IDLE and id(arrived.connection) in watch.opened:
+        if arrived.path is IDLE and id(arrived.connection) in watch.opened and watch.slow > 0.0:
             waits = watch.waits
             waits.append(0.0)
             if len(waits) > LIMIT:
@@ -252,7 +253,7 @@ def _async_handle(original: Callable[..., Any], find: Find, meet: Meet, failed: 
         except BaseException as error:
             failed(arrived, error)
             raise
-        if arrived.path is IDLE and id(arrived.connection) in watch.opened:
+        if arrived.path is IDLE and id(arrived.connection) in watch.opened and watch.slow > 0.0:
             waits = watch.waits
             waits.append(0.0)
             if len(waits) > LIMIT:
@@ -301,7 +302,7 @@ def _line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
         arrived.connection = connection = original(place, *args, **kwargs)
         watch = arrived.watch
         leases, arrived.since = watch.leases, clock()
-        leases[id(arrived)] = watch.lend(arrived.since, who())
+        leases[id(arrived)] = watch.lend(arrived.since)
         if len(leases) > watch.ledger.peak:
             watch.ledger.peak = len(leases)
         return connection
@@ -330,7 +331,7 @@ def _async_line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., A
         arrived.connection = connection = await original(place, *args, **kwargs)
         watch = arrived.watch
         leases, arrived.since = watch.leases, clock()
-        leases[id(arrived)] = watch.lend(arrived.since, who())
+        leases[id(arrived)] = watch.lend(arrived.since)
         if len(leases) > watch.ledger.peak:
             watch.ledger.peak = len(leases)
         return connection

@@ -68,7 +68,7 @@ PUBSUB, BLOCKING, RESERVED, TRANSACTION = "pub/sub", "blocking", "reserved", "tr
 ON_PURPOSE = (PUBSUB, BLOCKING, RESERVED)
 
 # What else is worth a word at the next collection.
-NESTED, LATE = "nested", "late"
+NESTED, LATE, INHERITED = "nested", "late", "inherited"
 
 # Seconds. The SDK's default buckets are made for milliseconds: its first bound would be 5 s.
 BUCKETS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0)
@@ -387,6 +387,20 @@ EVERY = (
         "Connections that were out for longer than the leak threshold, or that the garbage collector gave back.",
         lambda r: [(r.tally.leaked.get(leak, 0), {LEAK: leak}) for leak in LEAKS],
         (LEAK,),
+    ),
+    Metric(
+        "otel_pools.connection.inherited",
+        Kind.COUNTER,
+        "{connection}",
+        "Connections that were used in a process forked from the one that had opened them.",
+        _one(lambda r: r.tally.inherited),
+    ),
+    Metric(
+        "otel_pools.connection.busy_time",
+        Kind.COUNTER,
+        "s",
+        "The time that servers worked while somebody held a connection.",
+        _one(lambda r: r.tally.busy),
     ),
     Metric(
         "otel_pools.checkout.nested",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _vocabulary as words
 from ._guard import guard, lost
-from ._leases import Lease
+from ._leases import Lease, who
 from ._model import Identity, Load, Origin, Snapshot
 from ._outbox import LIMIT, Event, Note, Outbox
 
@@ -107,8 +107,8 @@ class Ledger:
 
     def __init__(self, identity: Identity) -> None:
         self.identity = identity
-        # Since when -> who: a moment is ticket enough, as nobody else's clock was read in it.
-        self.waiting: dict[float, int] = {}
+        # Since when -> the same: a moment is ticket enough, as nobody else's clock was read in it.
+        self.waiting: dict[float, float] = {}
         self.leases: dict[int, Lease] = {}  # id of what is held -> by whom, and since when
         self.overdue: dict[int, Lease] = {}  # those that were out for too long at the last look
         self.looking = Lock()  # of two collections at once the second takes what the first has found
@@ -152,9 +152,11 @@ class Watch:
         "_missing",
         "_read",
         "_spans",
+        "busy",
         "closed_down",
         "creating",
         "holding",
+        "inherited",
         "leases",
         "ledger",
         "lend",
@@ -166,7 +168,7 @@ class Watch:
         "owners",
         "patience",
         "pool",
-        "purpose",
+        "registry",
         "slow",
         "uses",
         "waiting",
@@ -176,13 +178,15 @@ class Watch:
     def __init__(self, pool: weakref.ref[Any], ledger: Ledger, registry: Registry) -> None:
         self.pool = pool
         self.ledger: Ledger
-        self.waiting: dict[float, int] = {}
+        self.waiting: dict[float, float] = {}
         self.leases: dict[int, Lease] = {}
         self.holding: dict[int, int] = {}  # who -> id of what it has of this pool, the latest if it has several
         self.owners = registry.owners  # shared by all pools: id of a connection -> whose it is
         self.members: dict[int, KeyedRef] = {}  # the connections we have met, held weakly
         self.creating: set[int] = set()  # ids of those being opened: open perhaps, but not idle
         self.opened: dict[int, float] = {}  # ids of those that we have seen being opened, and not closed -> since
+        self.inherited: dict[int, KeyedRef] = {}  # those that were there when this process was forked
+        self.busy: dict[int, tuple[Lease, float]] = {}  # id of a connection -> its loan, and seconds the server worked
         self.made: set[int] = set()  # ids of those that we have seen being made, and not yet opened
         self.orphans: set[int] = set()  # ids of those that were lost on their way back
         self.closed_down = False
@@ -192,7 +196,7 @@ class Watch:
         self.slow = registry.spans.threshold
         self.patience = registry.patience
         self.lend = registry.lend
-        self.purpose = registry.target.purpose
+        self.registry = registry
         self.move(ledger)
 
     def __repr__(self) -> str:
@@ -214,35 +218,53 @@ class Watch:
 
     # -- what can happen -------------------------------------------------------
 
-    def acquired(self, start: float, seconds: float) -> None:
+    def acquired(self, start: float, seconds: float, key: int) -> None:
         """Somebody got a connection, slowly or by a detour; the common case never comes here."""
+        if self.inherited:
+            self._inherits(key)
         path = _path(_ended(_passage.get(), start))
-        is_worth_it = seconds >= self.slow or (path == words.NEW and self.state().overflow)
+        is_worth_it = seconds >= self._spans.threshold or (path == words.NEW and self.state().overflow)
         self.noted(seconds, path, None, self.span(seconds, path, None) if is_worth_it else None)
 
-    def lent(self, start: float, end: float) -> None:
-        """Somebody asked and got one."""
-        self.ledger.peak = max(self.ledger.peak, len(self.leases))
-        if _passage.get() is None and end - start < self.slow:
-            self.waits.append(end - start)
-            if len(self.waits) > LIMIT:
-                self.ledger.outbox.spill()
-        else:
-            self.acquired(start, end - start)
+    def inherit(self, connections: Mapping[int, KeyedRef]) -> None:
+        """These were opened by the process that this one was forked from; whoever gets one is not the common case."""
+        self.inherited.update(connections)
+        self.slow = -1.0 if self.inherited else self._spans.threshold
+
+    def _inherits(self, key: int) -> None:
+        """The parent may use the same socket; each is told once."""
+        ref, lease = self.inherited.pop(key, None), self.leases.get(key)
+        # One that is gone may have left its id to another.
+        if ref is not None and ref() is not None and lease is not None:
+            self.ledger.outbox.events.append(Event(words.INHERITED, lease, 0.0))
+        self.inherit({})
+
+    def worked(self, key: int, seconds: float) -> None:
+        """The server worked for who holds this connection."""
+        self.ledger.outbox.busies.append(seconds)
+        lease = self.leases.get(key)
+        if lease is not None:
+            known = self.busy.get(key)
+            self.busy[key] = lease, seconds + (known[1] if known is not None and known[0] is lease else 0.0)
+
+    def busy_for(self, key: int, lease: Lease) -> float | None:
+        """How long it has worked for this loan by now; None if nobody counts."""
+        known = self.busy.get(key)
+        return None if known is None else known[1] if known[0] is lease else 0.0
 
     def nests(self, owner: int, key: int | None) -> None:
         """Who holds one has asked for another, and got that of this *key* or none; if all do so, nobody gets one."""
         lease = self.leases.get(self.holding.get(owner, 0))
         if lease is not None:
-            other = self.lend(clock(), owner) if key is None else self.leases.get(key)
+            other = self.lend(clock()) if key is None else self.leases.get(key)
             self.ledger.outbox.events.append(Event(words.NESTED, lease, 0.0, other))
         if key is not None:
             self.holding[owner] = key
 
-    def failed(self, start: float, error: BaseException, refusal: Refusal, owner: int) -> None:
+    def failed(self, start: float, error: BaseException, refusal: Refusal) -> None:
         """Somebody asked and got none; *error* goes on to the caller untouched."""
         with guard("a failed checkout"):
-            if owner in self.holding:
+            if (owner := who()) in self.holding:
                 self.nests(owner, None)
             seconds = clock() - start
             passage = _ended(_passage.get(), start)
@@ -304,7 +326,7 @@ class Watch:
         lease = self.leases.pop(ref.key, None)
         if lease is not None:
             self.holding.pop(lease[1], None)
-        for table in (self.members, self.owners):
+        for table in (self.members, self.owners, self.busy, self.inherited):
             table.pop(ref.key, None)
         self.orphans.discard(ref.key)
         self.made.discard(ref.key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,10 @@ from sqlalchemy.pool import AssertionPool, NullPool, Pool, QueuePool, SingletonT
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from .. import _vocabulary as words
-from .._guard import lost_quietly
-from .._hooks import Undo, acquire, after, close, create, queue, release, replace
+from .._guard import guard, lost_quietly
+from .._hooks import Hook, Undo, acquire, after, close, create, nothing, queue, release, replace
 from .._model import Identity, Snapshot
+from .._watch import clock
 from . import Target, existing
 
 if TYPE_CHECKING:
@@ -350,6 +351,41 @@ class _Detached:
             lost_quietly("a detached connection", mistake)
 
 
+EXECUTES = ("do_execute", "do_execute_no_params", "do_executemany")
+
+
+class _Work:
+    """A call that has the server work, and takes as long; measured only if the user wants to know."""
+
+    verb = "work"
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def install(self, registry: Registry) -> Undo:
+        """Wrap it, if `busy_time` is on."""
+        return Hook(self.verb, self.where, _working).install(registry) if registry.settings.busy_time else nothing
+
+
+def _working(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
+    def execute(dialect: Any, *args: Any, **kwargs: Any) -> Any:
+        start = clock()
+        try:
+            return original(dialect, *args, **kwargs)
+        finally:
+            with guard("the time of a statement"):
+                _worked(registry, kwargs.get("context", args[-1]), clock() - start)
+
+    return execute
+
+
+def _worked(registry: Registry, context: Any, seconds: float) -> None:
+    record = getattr(getattr(context, "_dbapi_connection", None), "_connection_record", None)
+    watch = None if record is None else registry.find(_pool_of_record(record))
+    if watch is not None:
+        watch.worked(id(record), seconds)
+
+
 TARGET = Target(
     name="sqlalchemy",
     identify=identify,
@@ -375,6 +411,7 @@ TARGET = Target(
             ),
             close("sqlalchemy.pool.base:Pool._close_connection", reason=why_closed),
             _Detached(),
+            *(_Work(f"sqlalchemy.engine.default:DefaultDialect.{name}") for name in EXECUTES),
             replace("sqlalchemy.engine.base:Engine.dispose", pool=attrgetter("pool")),
             # Not the constructors: `create_engine` reads from their code which options there are.
             after(
