@@ -317,7 +317,7 @@ def release(where: str, *, pool: Pick, loan: Pick | None = None) -> Hook:
 
 def take_back(where: str, *, out: Callable[[Any, Any], bool]) -> Hook:
     """
-    A call on a pool with what it lent, which it takes back; it ends the use time.
+    A call on a pool with the ``connection`` that it lent, which it takes back; it ends the use time.
 
     Like `release`, it may come from a finaliser.
 
@@ -337,12 +337,11 @@ def take_back(where: str, *, out: Callable[[Any, Any], bool]) -> Hook:
 def _checkin(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
     watches, find = registry.watches, registry.find
 
-    def checkin(pool: Any, *args: Any, **kwargs: Any) -> Any:
+    def checkin(pool: Any, connection: Any) -> Any:
         try:
-            held = args[0] if args else next(iter(kwargs.values()))
             watch = watches.get(id(pool)) or find(pool)
             if watch is not None:
-                lease = watch.leases.pop(id(held), None)
+                lease = watch.leases.pop(id(connection), None)
                 if lease is not None:
                     watch.holding.pop(lease[1], None)
                     seconds = clock() - lease[0]
@@ -350,10 +349,10 @@ def _checkin(original: Callable[..., Any], registry: Registry) -> Callable[..., 
                     if seconds > watch.patience:
                         watch.late(lease, seconds)
                     if watch.orphans:
-                        watch.orphans.discard(id(held))
+                        watch.orphans.discard(id(connection))
         except Exception as mistake:
             lost_quietly("a checkin", mistake)
-        return original(pool, *args, **kwargs)
+        return original(pool, connection)
 
     return checkin
 
@@ -363,27 +362,26 @@ def _async_checkin(
 ) -> Callable[..., Any]:
     watches, find = registry.watches, registry.find
 
-    async def checkin(pool: Any, *args: Any, **kwargs: Any) -> Any:
-        watch = held = lease = None
+    async def checkin(pool: Any, connection: Any) -> Any:
+        watch = lease = None
         end = clock()
         try:
-            held = args[0] if args else next(iter(kwargs.values()))
             watch = watches.get(id(pool)) or find(pool)
             if watch is not None:
-                lease = watch.leases.pop(id(held), None)
+                lease = watch.leases.pop(id(connection), None)
                 if watch.orphans:
-                    watch.orphans.discard(id(held))
+                    watch.orphans.discard(id(connection))
         except Exception as mistake:
             lost_quietly("a checkin", mistake)
         if watch is None or lease is None:
-            return await original(pool, *args, **kwargs)
+            return await original(pool, connection)
         try:
-            result = await original(pool, *args, **kwargs)
+            result = await original(pool, connection)
         except BaseException:
             try:
                 # A second cancellation, while it waits for the pool's lock, loses the connection for good.
-                if out(pool, held):
-                    watch.kept(held, lease)
+                if out(pool, connection):
+                    watch.kept(connection, lease)
                 else:
                     watch.used(lease, end)
             except Exception as mistake:

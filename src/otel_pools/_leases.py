@@ -71,9 +71,10 @@ def who() -> int:
 def lend(since: float) -> Lease:
     """A lease that knows where it began; called by what takes the place of a method of the library."""
     frame: FrameType | None = sys._getframe(2)
-    owner, name = get_ident(), None
     # As in `who`, which would be a call more.
-    if running_loop() is not None and (task := current_task()) is not None:
+    if (loop := running_loop()) is None or (task := current_task(loop)) is None:
+        owner, name = get_ident(), None
+    else:
         owner, name = -id(task), task.get_name()
     via = None
     while frame is not None:
