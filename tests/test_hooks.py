@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 
 import pytest
 
@@ -117,3 +118,51 @@ def test_a_connection_we_cannot_read_is_opened(registry, is_async):
     opened = row.compile(async_connect if is_async else connect, registry)(Pool())
 
     assert (asyncio.run(opened) if is_async else opened) == "stream"
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("do", [broken, lambda *_: 1 / 0, lambda *_: None])
+def test_what_is_done_before_does_not_change_a_call(registry, is_async, do):
+    """Whether we learn something before a call or fail to, it gets its arguments, and its result is the very same."""
+    thing, given, result = Pool(), object(), object()
+
+    def close(*args, **kwargs):
+        assert (args, kwargs) == ((thing, given), {"grace": given})
+        return result
+
+    async def async_close(*args, **kwargs):
+        return close(*args, **kwargs)
+
+    twin = _hooks.before("m:C.close", do=do).compile(async_close if is_async else close, registry)
+    closed = twin(thing, given, grace=given)
+
+    assert inspect.iscoroutinefunction(twin) == is_async
+    assert (asyncio.run(closed) if is_async else closed) is result
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("do", [broken, lambda *_: None])
+def test_what_is_done_before_does_not_change_an_error(registry, is_async, do):
+    """The call's own error comes out as the very same object, without a context of ours."""
+    error = LookupError("theirs")
+
+    def close(_):
+        raise error
+
+    async def async_close(_):
+        raise error
+
+    twin = _hooks.before("m:C.close", do=do).compile(async_close if is_async else close, registry)
+    with pytest.raises(LookupError) as caught:
+        asyncio.run(twin(Pool())) if is_async else twin(Pool())
+
+    assert caught.value is error
+    assert (error.__context__, error.__cause__) == (None, None)
+
+
+def test_something_is_done_before(registry):
+    """What is to be learnt is learnt of the object, before the call and not after it."""
+    seen, thing = [], Pool()
+    twin = _hooks.before("m:C.close", do=lambda *args: seen.append(args)).compile(lambda _: list(seen), registry)
+
+    assert twin(thing) == [(registry, thing)]

@@ -29,7 +29,9 @@ class Settings:
         names: Pool names by server, ``host[:port][/database]=name``.
         leak_threshold: Seconds after which a connection that is out is overdue; 0 means never.
         call_site: Whether to note from which line of the application a connection was borrowed.
+        stacks: Whether to note everything that stood below that line too.
         busy_time: Whether to measure for how long servers work while a connection is held (SQLAlchemy).
+        poll_idle: Whether to look, at each collection, if the servers of idle connections have gone.
         native_redis: Beside redis-py's own OpenTelemetry metrics: ``defer`` leaves to them what they emit,
             ``replace`` takes it over from them, ``both`` emits both.
     """
@@ -40,7 +42,9 @@ class Settings:
     names: tuple[str, ...] = ()
     leak_threshold: float = 60.0
     call_site: bool = True
+    stacks: bool = False
     busy_time: bool = False
+    poll_idle: bool = False
     native_redis: str = "defer"
 
     def rename(self, identity: Identity) -> Identity:
@@ -103,7 +107,9 @@ _READ: dict[str, tuple[Callable[[object], Any], str]] = {
     "names": (_pairs, "pairs host[:port][/database]=name separated by commas"),
     "leak_threshold": (_seconds, "a number of seconds, 0 or more"),
     "call_site": (_switch, "true or false"),
+    "stacks": (_switch, "true or false"),
     "busy_time": (_switch, "true or false"),
+    "poll_idle": (_switch, "true or false"),
     "native_redis": (_native, f"one of {', '.join(NATIVE)}"),
 }
 

@@ -44,7 +44,9 @@ class Configuration:
     names: list[str] | None = None
     leak_threshold: float | None = None
     call_site: bool | None = None
+    stacks: bool | None = None
     busy_time: bool | None = None
+    poll_idle: bool | None = None
     native_redis: str | None = None
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.trace import SpanContext, get_current_span
 
-from ._leases import Lease, Loan, site
+from ._leases import Lease, Loan, site, stack
 from ._model import Holder
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def _holder(pool: str, key: int, lease: Lease, registry: Registry, now: float) -
         task=loan.name,
         kind=registry.target.purpose(loan),
         busy_s=None if busy is None else round(busy, 6),
+        stack=stack(loan),
     )
 
 

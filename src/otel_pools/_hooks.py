@@ -295,11 +295,13 @@ def release(where: str, *, pool: Pick, loan: Pick | None = None) -> Hook:
             try:
                 watch = owners.get(id(held)) or find(pool(held))
                 if watch is not None:
-                    lease = watch.leases.pop(id(held), None)
+                    key = id(held)
+                    lease = watch.leases.pop(key, None)
                     if lease is None:
                         watch.returned(held)
                     else:
-                        watch.holding.pop(lease[1], None)
+                        if (has := watch.holding.pop(lease[1], None)) != key:
+                            watch.has_back(lease[1], key, has)
                         seconds = clock() - lease[0]
                         watch.uses.append(seconds)
                         if seconds > watch.patience:
@@ -341,15 +343,17 @@ def _checkin(original: Callable[..., Any], registry: Registry) -> Callable[..., 
         try:
             watch = watches.get(id(pool)) or find(pool)
             if watch is not None:
-                lease = watch.leases.pop(id(connection), None)
+                key = id(connection)
+                lease = watch.leases.pop(key, None)
                 if lease is not None:
-                    watch.holding.pop(lease[1], None)
+                    if (has := watch.holding.pop(lease[1], None)) != key:
+                        watch.has_back(lease[1], key, has)
                     seconds = clock() - lease[0]
                     watch.uses.append(seconds)
                     if seconds > watch.patience:
                         watch.late(lease, seconds)
                     if watch.orphans:
-                        watch.orphans.discard(id(connection))
+                        watch.orphans.discard(key)
         except Exception as mistake:
             lost_quietly("a checkin", mistake)
         return original(pool, connection)
@@ -357,7 +361,7 @@ def _checkin(original: Callable[..., Any], registry: Registry) -> Callable[..., 
     return checkin
 
 
-def _async_checkin(
+def _async_checkin(  # noqa: C901  # as above
     original: Callable[..., Any], registry: Registry, out: Callable[[Any, Any], bool]
 ) -> Callable[..., Any]:
     watches, find = registry.watches, registry.find
@@ -383,11 +387,12 @@ def _async_checkin(
                 if out(pool, connection):
                     watch.kept(connection, lease)
                 else:
-                    watch.used(lease, end)
+                    watch.used(id(connection), lease, end)
             except Exception as mistake:
                 lost_quietly("a checkin", mistake)
             raise
-        watch.holding.pop(lease[1], None)
+        if (has := watch.holding.pop(lease[1], None)) != id(connection):
+            watch.has_back(lease[1], id(connection), has)
         seconds = end - lease[0]
         watch.uses.append(seconds)
         if seconds > watch.patience:

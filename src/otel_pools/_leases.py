@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import sysconfig
 import threading
 from asyncio import _get_running_loop as running_loop
 from asyncio import current_task
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import Context, copy_context
 from pathlib import Path
 from threading import get_ident
 from types import CodeType, FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-Lease = tuple[float, int, "str | None", "Context | None", "CodeType | None", int, "CodeType | None"]
+# What a `Loan` has, in its order.
+Lease = tuple[Any, ...]
 Lend = Callable[[float], Lease]
 
 
 # Before all others.
-NEVER: Lease = (-1.0, 0, None, None, None, -1, None)
+NEVER: Lease = (-1.0, 0, None, None, None, -1, None, None)
 
 
 class Loan(NamedTuple):
@@ -33,64 +35,86 @@ class Loan(NamedTuple):
 
     Attributes:
         since: When it began, on the clock of `_watch`.
-        owner: Who has it: a thread's ident, or minus the id of an asyncio task.
-        task: The name of that task.
+        owner: Who has it: a thread's ident, or minus the id of an asyncio task. Both are given again to others.
+        name: What that task or thread is called, so that one that is gone is not taken for another.
         context: What the context variables were, the current span among them.
         code: Of the application's function that asked, with the instruction it was at.
         via: Of the library's function that it called.
+        by: Of the library's function that asked the pool.
+        stack: All that stood below, with the instructions they were at; if one asks for it.
     """
 
     since: float
     owner: int
-    task: str | None
+    name: str | None
     context: Context | None
     code: CodeType | None
     at: int
     via: CodeType | None
-
-    @property
-    def name(self) -> str | None:
-        """What the task is called, or the thread, if it still runs."""
-        if self.task is not None or self.owner < 0:
-            return self.task
-        return next((thread.name for thread in threading.enumerate() if thread.ident == self.owner), None)
+    by: CodeType | None
+    stack: tuple[tuple[CodeType, int], ...] = ()
 
 
 # From a loan to what somebody holds the connection for.
 Purpose = Callable[[Loan], "str | None"]
 
 
-def who() -> int:
-    """The asyncio task or thread that runs this."""
-    if running_loop() is None:
-        return get_ident()
-    task = current_task()
-    return get_ident() if task is None else -id(task)
+class _Here(threading.local):
+    """The thread that runs this; what it is called is asked once, and without making it known to `threading`."""
+
+    def __init__(self) -> None:
+        self.name = getattr(getattr(threading, "_active", {}).get(get_ident()), "name", None)
+
+
+_here = _Here()
+
+
+def who() -> tuple[int, str | None]:
+    """The asyncio task or thread that runs this, and its name."""
+    if (loop := running_loop()) is None or (task := current_task(loop)) is None:
+        return get_ident(), _here.name
+    return -id(task), task.get_name()
 
 
 def lend(since: float) -> Lease:
     """A lease that knows where it began; called by what takes the place of a method of the library."""
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = (asking := sys._getframe(2))
     # As in `who`, which would be a call more.
     if (loop := running_loop()) is None or (task := current_task(loop)) is None:
-        owner, name = get_ident(), None
+        owner, name = get_ident(), _here.name
     else:
         owner, name = -id(task), task.get_name()
-    via = None
+    via, by = None, asking.f_code
     while frame is not None:
         code = frame.f_code
         tier = _tiers.get(code.co_filename) or _tier(code.co_filename)
         if tier is APPLICATION:
-            return since, owner, name, copy_context(), code, frame.f_lasti, via
-        if tier is INSTALLED:
+            return since, owner, name, copy_context(), code, frame.f_lasti, via, by
+        if tier is not PLUMBING:
             break
         via, frame = code, frame.f_back
-    return since, owner, name, copy_context(), *_further(frame or _beyond(), via)
+    return since, owner, name, copy_context(), *_further(frame or _beyond(), via), by
 
 
 def lend_barely(since: float) -> Lease:
     """A lease that does not know its call site."""
-    return since, who(), None, copy_context(), None, -1, None
+    return since, *who(), copy_context(), None, -1, None, sys._getframe(2).f_code
+
+
+def lend_with_stack(since: float) -> Lease:
+    """A lease that knows everything that was below, for who looks for a leak and does not mind the cost."""
+    asking = sys._getframe(2)
+    return *lend(since)[:-1], asking.f_code, tuple(_below(asking))
+
+
+def _below(frame: FrameType | None) -> Iterator[tuple[CodeType, int]]:
+    """Every frame from here on, those behind a greenlet too."""
+    seen_greenlet = False
+    while frame is not None:
+        yield frame.f_code, frame.f_lasti
+        frame = frame.f_back
+        if frame is None and not seen_greenlet:
+            seen_greenlet, frame = True, _beyond()
 
 
 def _further(frame: FrameType | None, via: CodeType | None) -> tuple[CodeType | None, int, CodeType | None]:
@@ -103,6 +127,8 @@ def _further(frame: FrameType | None, via: CodeType | None) -> tuple[CodeType | 
         tier = _tier(code.co_filename)
         if tier is APPLICATION:
             return code, frame.f_lasti, via
+        if tier is LOOP:
+            break
         if tier is INSTALLED and found[0] is None:
             found = code, frame.f_lasti, via
         via, frame = code, frame.f_back
@@ -123,6 +149,12 @@ def _beyond() -> FrameType | None:
 DEEPEST = 16
 
 PLUMBING, INSTALLED, APPLICATION = "plumbing", "installed", "application"
+# Below a task there is what runs the event loop, and who started that has not asked for any connection.
+LOOP = "loop"
+_LOOPS = (
+    *(f"{os.sep}asyncio{os.sep}{name}.py" for name in ("base_events", "events", "runners")),
+    *(f"{os.sep}site-packages{os.sep}{name}" for name in (f"uvloop{os.sep}", f"trio{os.sep}_core{os.sep}")),
+)
 # What stands between an application and its pool; of what is installed, everything else may be the application.
 BETWEEN = (
     *("sqlalchemy", "sqlmodel", "flask_sqlalchemy", "redis", "valkey", "django_redis", "kombu"),
@@ -131,8 +163,9 @@ BETWEEN = (
 _OURS = f"{Path(__file__).parent}{os.sep}"
 _STDLIB = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
 _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
-# What somebody has typed in has no file.
+# What somebody has typed in has no file; nor has what a dataclass or namedtuple has made.
 TYPED = ("<stdin>", "<string>", "<console>")
+_MADE = "<string>"
 _tiers: dict[str, str] = {}
 
 
@@ -144,13 +177,16 @@ def _tier(filename: str) -> str:
 
 
 def _classify(filename: str) -> str:
+    if any(part in filename for part in _LOOPS):
+        return LOOP
     for mark in _INSTALLED:
         _, found, tail = filename.rpartition(mark)
         if found:
             package = tail.partition(os.sep)[0].partition(".")[0]
             return PLUMBING if package in BETWEEN else INSTALLED
     if filename.startswith("<"):  # generated, by a library more often than not
-        return APPLICATION if filename in TYPED else PLUMBING
+        typed = filename in TYPED and (filename != _MADE or sys.argv[:1] == ["-c"])
+        return APPLICATION if typed else PLUMBING
     return PLUMBING if filename.startswith((_OURS, *_STDLIB)) else APPLICATION
 
 
@@ -160,8 +196,15 @@ def _classify(filename: str) -> str:
 def site(lease: Lease) -> str | None:
     """``file:line function`` of the application, or None if it was not noted."""
     code, at = lease[4], lease[5]
-    if code is None:
-        return None
+    return None if code is None else _place(code, at)
+
+
+def stack(loan: Loan) -> tuple[str, ...]:
+    """Everything that stood below, the innermost first, in the same words."""
+    return tuple(_place(code, at) for code, at in loan.stack if not code.co_filename.startswith(_OURS))
+
+
+def _place(code: CodeType, at: int) -> str:
     return f"{code.co_filename}:{_line(code, at)} {getattr(code, 'co_qualname', code.co_name)}"
 
 
@@ -171,3 +214,29 @@ def _line(code: CodeType, at: int) -> int:
         if start <= at < end and number is not None:
             return number
     return code.co_firstlineno
+
+
+# -- what the holder does now ----------------------------------------------------------
+
+
+def doing(loan: Loan) -> Iterator[FrameType]:
+    """The frames that its holder is in now; only asked for what somebody looks at, as it has to be searched."""
+    if loan.owner > 0:
+        thread = getattr(threading, "_active", {}).get(loan.owner)
+        frame = None if getattr(thread, "name", None) != loan.name else sys._current_frames().get(loan.owner)
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
+        return
+    coroutine = next((task.get_coro() for task in _tasks() if -id(task) == loan.owner), None)
+    while coroutine is not None:
+        if (frame := getattr(coroutine, "cr_frame", None)) is not None:
+            yield frame
+        coroutine = getattr(coroutine, "cr_await", None)
+
+
+def _tasks() -> list[Any]:
+    """Those of all loops of this process: `asyncio.all_tasks` knows one loop's, and which that is nobody has noted."""
+    # Until 3.11 all are in the first, from 3.12 on in the other two.
+    known = (getattr(asyncio.tasks, name, ()) for name in ("_all_tasks", "_scheduled_tasks", "_eager_tasks"))
+    return [task for tasks in known if not callable(tasks) for task in list(tasks)]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import _leaks
 from ._guard import guard, lost_quietly, once
-from ._leases import Lend, lend, lend_barely
+from ._leases import Lend, lend, lend_barely, lend_with_stack
 from ._model import Identity, Reading, Snapshot
+from ._stale import stale
 from ._watch import KeyedRef, Ledger, Watch, age, clock
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Registry:
         self.target = target
         self.settings = settings
         self.spans = spans
-        self.lend: Lend = lend if settings.call_site else lend_barely
+        self.lend: Lend = lend_with_stack if settings.stacks else lend if settings.call_site else lend_barely
         self.patience = settings.leak_threshold or math.inf
         self.watches: dict[int, Watch] = {}  # those that hand out connections
         self.resting: dict[int, Watch] = {}  # those that were replaced, until their last connection is gone
@@ -145,10 +146,18 @@ class Registry:
         now: dict[int, tuple[Snapshot, int]] = {}
         for watch in self.pools():
             snapshot, pools = now.get(id(watch.ledger), (Snapshot(), 0))
-            now[id(watch.ledger)] = (snapshot + watch.snapshot(), pools + (not watch.closed_down))
+            now[id(watch.ledger)] = (snapshot + self._look(watch), pools + (not watch.closed_down))
         for ledger in list(self.ledgers.values()):
             with guard("a reading"):
                 yield ledger, self._reading(ledger, *now.get(id(ledger), (Snapshot(), None)))
+
+    def _look(self, watch: Watch) -> Snapshot:
+        """What a pool says of itself, and its idle sockets, if the user wants to know."""
+        snapshot, pool = watch.snapshot(), watch.pool()
+        if self.settings.poll_idle and pool is not None:
+            with guard("a look at idle sockets"):
+                return replace(snapshot, stale=stale(self.target.idle_sockets(pool, watch)))
+        return snapshot
 
     def _reading(self, ledger: Ledger, snapshot: Snapshot, pools: int | None) -> Reading:
         now = clock()

@@ -157,7 +157,7 @@ class Visit:
         watch, self.connection = self.watch, None
         lease = watch.leases.pop(id(self), None)
         if lease is not None:
-            watch.used(lease, clock())
+            watch.used(id(self), lease, clock())
 
 
 def visit_of(request: Any) -> Visit | None:

@@ -389,6 +389,13 @@ EVERY = (
         (LEAK,),
     ),
     Metric(
+        "otel_pools.connection.stale",
+        Kind.UP_DOWN,
+        "{connection}",
+        "Idle connections whose server has gone, as nobody has noticed yet.",
+        _one(lambda r: r.snapshot.stale),
+    ),
+    Metric(
         "otel_pools.connection.inherited",
         Kind.COUNTER,
         "{connection}",

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
+from operator import itemgetter
 from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -180,7 +181,7 @@ class Watch:
         self.ledger: Ledger
         self.waiting: dict[float, float] = {}
         self.leases: dict[int, Lease] = {}
-        self.holding: dict[int, int] = {}  # who -> id of what it has of this pool, the latest if it has several
+        self.holding: dict[int, int | set[int]] = {}  # who -> id of what it has of this pool, or the ids
         self.owners = registry.owners  # shared by all pools: id of a connection -> whose it is
         self.members: dict[int, KeyedRef] = {}  # the connections we have met, held weakly
         self.creating: set[int] = set()  # ids of those being opened: open perhaps, but not idle
@@ -211,6 +212,8 @@ class Watch:
         for key in list(leases):
             if (lease := self.leases.pop(key, None)) is not None:
                 ledger.leases[key] = lease
+            if (lease := self.ledger.overdue.pop(key, None)) is not None:
+                ledger.overdue[key] = lease
         self.ledger = ledger
         # Short cuts: these are looked up on every checkout.
         self.waiting, self.leases = ledger.waiting, ledger.leases
@@ -254,17 +257,31 @@ class Watch:
 
     def nests(self, owner: int, key: int | None) -> None:
         """Who holds one has asked for another, and got that of this *key* or none; if all do so, nobody gets one."""
-        lease = self.leases.get(self.holding.get(owner, 0))
-        if lease is not None:
-            other = self.lend(clock()) if key is None else self.leases.get(key)
+        held = self.holding.get(owner, 0)
+        keys = set(held) if isinstance(held, set) else {held}
+        other = self.lend(clock()) if key is None else self.leases.get(key)
+        outer = [lease for each in keys - {key} if (lease := self.leases.get(each)) is not None]
+        # The same number with another name is somebody else: it is given again when its thread or task has ended.
+        outer = [lease for lease in outer if other is None or lease[2] == other[2]]
+        if outer:
+            lease = min(outer, key=itemgetter(0))
             self.ledger.outbox.events.append(Event(words.NESTED, lease, 0.0, other))
         if key is not None:
-            self.holding[owner] = key
+            self.holding[owner] = {*keys, key} if outer else key
+
+    def has_back(self, owner: int, key: int, held: int | set[int] | None) -> None:
+        """*owner* has given back this *key*, and has not only that: of what it *held* the rest stays."""
+        if isinstance(held, set):
+            held.discard(key)
+            if held:
+                self.holding[owner] = held if len(held) > 1 else held.pop()
+        elif held is not None:
+            self.holding[owner] = held
 
     def failed(self, start: float, error: BaseException, refusal: Refusal) -> None:
         """Somebody asked and got none; *error* goes on to the caller untouched."""
         with guard("a failed checkout"):
-            if (owner := who()) in self.holding:
+            if (owner := who()[0]) in self.holding:
                 self.nests(owner, None)
             seconds = clock() - start
             passage = _ended(_passage.get(), start)
@@ -291,17 +308,23 @@ class Watch:
 
     def ended(self, connection: Any) -> None:
         """A loan ended, but not by coming back."""
-        lease = self.leases.pop(id(connection), None)
+        key = id(connection)
+        lease = self.leases.pop(key, None)
         if lease is not None:
-            self.used(lease, clock())
+            self.used(key, lease, clock())
 
-    def used(self, lease: Lease, end: float) -> None:
+    def used(self, key: int, lease: Lease, end: float) -> None:
         """A loan ended."""
-        self.holding.pop(lease[1], None)
+        self._has_left(key, lease)
         seconds = end - lease[0]
         self.uses.append(seconds)
         if seconds > self.patience:
             self.late(lease, seconds)
+
+    def _has_left(self, key: int, lease: Lease) -> None:
+        """As who gives back does it."""
+        if (held := self.holding.pop(lease[1], None)) != key:
+            self.has_back(lease[1], key, held)
 
     def late(self, lease: Lease, seconds: float) -> None:
         """A loan ended after all."""
@@ -313,7 +336,7 @@ class Watch:
 
     def kept(self, connection: Any, lease: Lease) -> None:
         """What should have come back did not: it is out as before, and nobody holds it any more."""
-        self.holding.pop(lease[1], None)
+        self._has_left(id(connection), lease)
         self.leases[id(connection)] = lease
         self.orphans.add(id(connection))
 
@@ -325,7 +348,7 @@ class Watch:
     def _gone(self, ref: KeyedRef) -> None:
         lease = self.leases.pop(ref.key, None)
         if lease is not None:
-            self.holding.pop(lease[1], None)
+            self._has_left(ref.key, lease)
         for table in (self.members, self.owners, self.busy, self.inherited):
             table.pop(ref.key, None)
         self.orphans.discard(ref.key)

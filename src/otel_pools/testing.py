@@ -107,7 +107,7 @@ class Export:
     def checkouts(self) -> dict[tuple[str, str | None], int]:
         """``otel_pools.checkouts`` by path and error type, without zeros."""
         told = self._sums(
-            "otel_pools.checkouts", lambda attributes: (attributes[words.PATH], attributes.get(words.ERROR))
+            "otel_pools.checkouts", lambda attributes: (attributes.get(words.PATH), attributes.get(words.ERROR))
         )
         return {kind: number for kind, number in told.items() if number}
 

@@ -7,18 +7,21 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from contextvars import ContextVar
+from functools import cache
 from operator import attrgetter
-from types import FrameType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from .. import _vocabulary as words
 from .._guard import logger, lost_quietly, once
 from .._hooks import Hook, Row, Undo, acquire, connect, disconnect, either, make, nothing, optional, resolve, take_back
+from .._leases import doing
 from .._model import Identity, Snapshot
 from .._watch import KeyedRef
-from . import Target, existing, given_names
+from . import Target, descriptor, existing, given_names
 
 if TYPE_CHECKING:
     from .._leases import Loan
@@ -246,7 +249,7 @@ def _futures(line: Any, name: str) -> int | None:
     return sum(hasattr(one, "done") and not one.done() for one in list(getattr(line, name) or ()))
 
 
-def _parts(connection: Any) -> Iterable[Any]:
+def _parts(connection: Any) -> tuple[Any, ...]:
     """A connection, and the one inside it if it is one with a client-side cache."""
     inner = getattr(connection, "_conn", None)
     return (connection,) if inner is None else (connection, inner)
@@ -257,6 +260,11 @@ def _is_open(connection: Any) -> bool:
     if hasattr(connection, "_sock"):
         return connection._sock is not None
     return bool(getattr(connection, "is_connected", True))
+
+
+def idle_sockets(pool: Any, _: Watch) -> Iterable[int]:
+    """Of the connections that lie in the pool; a client-side cache has the real one inside."""
+    return () if _is_the_parents(pool) else (descriptor(_parts(one)[-1]) for one in _free(pool) if _is_open(one))
 
 
 def members(pool: Any) -> Iterable[tuple[Any, bool]]:
@@ -323,21 +331,67 @@ def _out(pool: Any, connection: Any) -> bool:
     return any(one is connection for one in _used(pool))
 
 
-# What the application called to borrow a connection for as long as it likes.
-PURPOSES = {
-    **dict.fromkeys(("listen", "get_message", "psubscribe", "run_in_thread", "ssubscribe", "subscribe"), words.PUBSUB),
-    **dict.fromkeys(
-        ("blmove", "blmpop", "blpop", "brpop", "brpoplpush", "bzmpop", "bzpopmax", "bzpopmin", "xread", "xreadgroup"),
-        words.BLOCKING,
-    ),
-    **dict.fromkeys(("monitor", "next_command", "__enter__", "__aenter__", "__init__", "initialize"), words.RESERVED),
-    **dict.fromkeys(("watch", "immediate_execute_command"), words.TRANSACTION),
+# Who asks a pool for a connection that it keeps for as long as its user likes.
+KEEPERS = {
+    "client:PubSub.execute_command": words.PUBSUB,
+    "cluster:ClusterPubSub.execute_command": words.PUBSUB,
+    "asyncio.client:PubSub.connect": words.PUBSUB,
+    "client:Pipeline.immediate_execute_command": words.TRANSACTION,
+    "asyncio.client:Pipeline.immediate_execute_command": words.TRANSACTION,
+    "asyncio.cluster:TransactionStrategy._get_client_and_connection_for_transaction": words.TRANSACTION,
+    "client:Redis.__init__": words.RESERVED,
+    "client:Valkey.__init__": words.RESERVED,
+    "client:Monitor.__init__": words.RESERVED,
+    "asyncio.client:Redis.initialize": words.RESERVED,
+    "asyncio.client:Valkey.initialize": words.RESERVED,
+    "asyncio.client:Monitor.connect": words.RESERVED,
 }
+# Commands that the server may answer when something has happened, and no sooner.
+BLOCKS = ("BLMOVE", "BLMPOP", "BLPOP", "BRPOP", "BRPOPLPUSH", "BZMPOP", "BZPOPMAX", "BZPOPMIN", "XREAD", "XREADGROUP")
+BLOCKING = {*BLOCKS, "WAIT", "WAITAOF"}
 
 
 def purpose(loan: Loan) -> str | None:
-    """What a connection is held for, by the method that the application called."""
-    return None if loan.via is None else PURPOSES.get(loan.via.co_name)
+    """What a connection is held for, by who asked the pool for it, or by the command under way."""
+    kept = next((keepers[loan.by] for keepers in map(_keepers, _loaded()) if loan.by in keepers), None)
+    if kept is None and (_blocks(loan.via) or _is_blocked(loan)):
+        return words.BLOCKING
+    return kept
+
+
+def _loaded() -> list[str]:
+    return [library for library in LIBRARIES if library in sys.modules]
+
+
+@cache
+def _keepers(library: str) -> dict[CodeType | None, str]:
+    """Those of this version, by their code."""
+    found: dict[CodeType | None, str] = {}
+    for place, what in KEEPERS.items():
+        with suppress(LookupError, ImportError):
+            owner, name = resolve(f"{library}.{place}")
+            found[getattr(inspect.unwrap(vars(owner)[name]), "__code__", None)] = what
+    found.pop(None, None)
+    return found
+
+
+def _blocks(called: CodeType | None) -> bool:
+    return called is not None and called.co_name.upper() in BLOCKING
+
+
+def _is_blocked(loan: Loan) -> bool:
+    """Of an asyncio command only its coroutine is left, and without call sites nothing at all: its holder shows it."""
+    for frame in doing(loan):
+        name, arguments = frame.f_code.co_name, ()
+        if name in {"execute_command", "_execute_command"} and _is_theirs(frame):
+            arguments = frame.f_locals.get("args", ())
+        if arguments:
+            return str(arguments[0]).upper() in BLOCKING
+    return False
+
+
+def _is_theirs(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith(("redis.", "valkey."))
 
 
 # From the function of redis-py that had a connection closed to why.
@@ -576,6 +630,7 @@ TARGET = Target(
     discover=discover,
     anchor=anchor,
     pools_of=pools_of,
+    idle_sockets=idle_sockets,
     purpose=purpose,
     withheld=withheld,
     hooks={"redis": (*_rows("redis"), _Replacement()), "valkey": _rows("valkey")},

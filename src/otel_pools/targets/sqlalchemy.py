@@ -21,7 +21,7 @@ from .._guard import guard, lost_quietly
 from .._hooks import Hook, Undo, acquire, after, close, create, nothing, queue, release, replace
 from .._model import Identity, Snapshot
 from .._watch import clock
-from . import Target, existing
+from . import Target, descriptor, existing
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -346,9 +346,30 @@ class _Detached:
             registry = self._registry
             watch = None if registry is None else registry.find(_pool_of_record(record))
             if watch is not None:
+                lease = watch.leases.get(id(record))
                 watch.ended(record)
+                if lease is not None and _is_finalised():
+                    watch.collected(lease)
         except Exception as mistake:
             lost_quietly("a detached connection", mistake)
+
+
+def _is_finalised() -> bool:
+    """Whether it is the finaliser that detaches: what asyncio connections are lent for cannot be undone there."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("sqlalchemy."):
+        if frame.f_code.co_name == "_finalize_fairy":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def idle_sockets(_: Pool, watch: Watch) -> Iterable[int]:
+    """Of the drivers' connections that nobody holds, where the driver has a socket to look at."""
+    records = (record for record in watch.connections() if record.fairy_ref is None)
+    connections = (record.dbapi_connection for record in records)
+    # What SQLAlchemy puts around asyncio drivers has the driver's own connection inside.
+    return [descriptor(getattr(one, "_connection", one)) for one in connections if one is not None]
 
 
 EXECUTES = ("do_execute", "do_execute_no_params", "do_executemany")
@@ -392,6 +413,7 @@ TARGET = Target(
     read=read,
     members=members,
     complete=complete,
+    idle_sockets=idle_sockets,
     discover=discover,
     pools_of=pools_of,
     name_pool=name_pool,
