@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from time import perf_counter
 from typing import Any
 
 from opentelemetry.trace import get_tracer
@@ -15,85 +14,81 @@ from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util import greenlet_spawn
-from turns import PROVIDER, Run, arguments, compare, show, timed
+from stubs import Dbapi
+from turns import PROVIDER, THREADS, Row, Run, Way, arguments, awaited, compare, repeated, show, threaded
+
+LOOP = asyncio.new_event_loop()
+Made = tuple[Run, Any]  # what to run, and its pool
 
 
-class Stub:
-    """A DBAPI connection that does nothing: no I/O hides what we add."""
-
-    def rollback(self) -> None: ...
-    def close(self) -> None: ...
-    def terminate(self) -> None: ...
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
+def pool_cycles() -> Made:
+    pool = QueuePool(Dbapi, pool_size=5)
+    return repeated(lambda: pool.connect().close()), pool
 
 
-def pool_cycles() -> tuple[Run, Any]:
-    """The bare pool: `pool.connect().close()`."""
-    pool = QueuePool(Stub, pool_size=5)
-    return lambda cycles: timed(lambda: pool.connect().close(), cycles), pool
+def raw_cycles() -> Made:
+    engine = _engine()
+    return repeated(lambda: engine.raw_connection().close()), engine.pool
 
 
-def engine_cycles() -> tuple[Run, Any]:
-    """What an application does: `engine.connect().close()`."""
-    engine = create_engine("sqlite://", creator=Stub, poolclass=QueuePool, pool_size=5, _initialize=False)
-    return lambda cycles: timed(lambda: engine.connect().close(), cycles), engine.pool
+def engine_cycles() -> Made:
+    """What an application does."""
+    engine = _engine()
+    return repeated(lambda: engine.connect().close()), engine.pool
 
 
-def raw_cycles() -> tuple[Run, Any]:
-    """In between: `engine.raw_connection().close()`."""
-    engine = create_engine("sqlite://", creator=Stub, poolclass=QueuePool, pool_size=5, _initialize=False)
-    return lambda cycles: timed(lambda: engine.raw_connection().close(), cycles), engine.pool
+def thread_cycles() -> Made:
+    engine = _engine(THREADS)
+    return threaded(lambda: engine.connect().close()), engine.pool
 
 
-def async_cycles() -> tuple[Run, Any]:
+def _engine(size: int = 5) -> Any:
+    return create_engine("sqlite://", creator=Dbapi, poolclass=QueuePool, pool_size=size, _initialize=False)
+
+
+def async_cycles() -> Made:
     """The pool of an AsyncEngine, each checkout in a greenlet as there."""
-    pool = AsyncAdaptedQueuePool(Stub, pool_size=5)
-
-    def cycle() -> None:
-        pool.connect().close()
-
-    async def cycles_of(cycles: int) -> float:
-        start = perf_counter()
-        for _ in range(cycles):
-            await greenlet_spawn(cycle)
-        return perf_counter() - start
-
-    return lambda cycles: asyncio.run(cycles_of(cycles)), pool
+    pool = AsyncAdaptedQueuePool(Dbapi, pool_size=5)
+    return awaited(LOOP, lambda: greenlet_spawn(lambda: pool.connect().close())), pool
 
 
-def postgres_cycles(url: str) -> tuple[Run, Any]:
+STUBS: dict[str, Callable[[], Made]] = {
+    "pool.connect().close()": pool_cycles,
+    "engine.raw_connection().close()": raw_cycles,
+    "engine.connect().close()": engine_cycles,
+    "the same, 8 threads": thread_cycles,
+    "asyncio pool, in its greenlet": async_cycles,
+}
+
+
+def select(url: str, run: Callable[[Callable[[], Any]], Run] = repeated) -> Made:
     """`SELECT 1` on a real PostgreSQL, synchronous."""
-    engine = create_engine(url, pool_size=5)
+    engine = create_engine(url, pool_size=THREADS)
 
     def cycle() -> None:
         with engine.connect() as connection:
             connection.exec_driver_sql("SELECT 1").scalar()
 
-    return lambda cycles: timed(cycle, cycles), engine.pool
+    return run(cycle), engine.pool
 
 
-def postgres_async_cycles(url: str) -> tuple[Run, Any]:
+def async_select(url: str) -> Made:
     """`SELECT 1` on a real PostgreSQL with asyncpg."""
     engine = create_async_engine(url, pool_size=5)
-    loop = asyncio.new_event_loop()
 
-    async def cycles_of(cycles: int) -> float:
-        start = perf_counter()
-        for _ in range(cycles):
-            async with engine.connect() as connection:
-                await connection.exec_driver_sql("SELECT 1")
-        return perf_counter() - start
+    async def cycle() -> None:
+        async with engine.connect() as connection:
+            await connection.exec_driver_sql("SELECT 1")
 
-    return lambda cycles: loop.run_until_complete(cycles_of(cycles)), engine.sync_engine.pool
+    return awaited(LOOP, cycle), engine.sync_engine.pool
 
 
 @contextmanager
-def official(pool: Any) -> Iterator[None]:
-    """The official instrumentation of an engine on this pool, with the same SDK for its metric."""
+def official(pool: Any, provider: Any = PROVIDER) -> Iterator[None]:
+    """The official instrumentation of an engine on this pool, with the same SDK for its metric and none for spans."""
     from opentelemetry.instrumentation.sqlalchemy.engine import EngineTracer
 
-    meter, tracer = PROVIDER.get_meter("official"), get_tracer("official")
+    meter, tracer = provider.get_meter("official"), get_tracer("official")
     usage = meter.create_up_down_counter("db.client.connections.usage", unit="connections")
     engine = create_engine("sqlite://", pool=pool, _initialize=False)
     EngineTracer(tracer, engine, usage)
@@ -104,21 +99,28 @@ def official(pool: Any) -> Iterator[None]:
         EngineTracer._remove_event_listener_params.clear()  # or it removes these again with the next engine's
 
 
+def peers(pool: Any) -> dict[str, Way]:
+    """It knows sync pools; what it does to those of asyncio is the same in their greenlet."""
+    return {} if isinstance(pool, AsyncAdaptedQueuePool) else {"official": partial(official, pool)}
+
+
 def main() -> None:
     chosen = arguments(__doc__, "postgres")
-    rounds, cycles = chosen.rounds, chosen.cycles
-    rows = {}
-    for make in (pool_cycles, raw_cycles, engine_cycles, async_cycles):
-        run, pool = make()
-        peers = {} if make is async_cycles else {"official": partial(official, pool)}
-        rows[make.__name__] = compare(run, cycles, rounds, peers)
+    rows: dict[str, Row] = {}
+
+    def measure(name: str, made: Made, part: int = 1) -> None:
+        run, pool = made
+        rows[name] = compare("sqlalchemy", run, chosen, peers(pool), part)
+
+    for name, make in STUBS.items():
+        measure(name, make())
     if not chosen.no_server:
         from otel_pools.demo._postgres import Postgres
 
         with Postgres() as server:
-            rows["postgres_cycles"] = compare(postgres_cycles(server.url("psycopg"))[0], cycles // 10, rounds)
-            run = postgres_async_cycles(server.url("asyncpg"))[0]
-            rows["postgres_async_cycles"] = compare(run, cycles // 10, rounds)
+            measure("SELECT 1, psycopg", select(server.url("psycopg")), 10)
+            measure("SELECT 1, psycopg, 8 threads", select(server.url("psycopg"), threaded), 10)
+            measure("SELECT 1, asyncpg", async_select(server.url("asyncpg")), 10)
     show(rows, chosen, f"SQLAlchemy {version('sqlalchemy')}")
 
 

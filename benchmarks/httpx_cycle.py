@@ -1,4 +1,4 @@
-"""What one request costs on httpcore and httpcore2: bare and ours taking turns; in memory and on a real server."""
+"""What one request costs on httpcore, httpx and their twins: bare, ours, official; taking turns in one run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
-from time import perf_counter
 from typing import Any
 
-from turns import Run, arguments, compare, show, timed
+from stubs import URL, async_in_memory, in_memory
+from turns import PROVIDER, Row, Run, Way, arguments, awaited, compare, repeated, show, threaded
 
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 LOOP = asyncio.new_event_loop()
+NAMES = {
+    name: core for name, core in {"httpx": "httpcore", "httpx2": "httpcore2"}.items() if importlib.util.find_spec(name)
+}
 SERVER = """
 import sys, uvicorn
 async def app(scope, receive, send):
@@ -28,54 +31,53 @@ uvicorn.run(app, port=int(sys.argv[1]), log_level="error", lifespan="off")
 """
 
 
-def in_memory(library: Any) -> Any:
-    """A backend whose every connection has an answer ready."""
-
-    class Stream(library.NetworkStream):  # type: ignore[misc, name-defined]  # whichever it is
-        def read(self, *_: Any, **__: Any) -> bytes:
-            return ANSWER
-
-        def write(self, *_: Any, **__: Any) -> None: ...
-        def close(self) -> None: ...
-        def get_extra_info(self, _: str) -> Any: ...
-
-    class Backend(library.NetworkBackend):  # type: ignore[misc, name-defined]  # the same
-        def connect_tcp(self, *_: Any, **__: Any) -> Any:
-            return Stream()
-
-    return Backend()
+def cores(name: str) -> dict[str, Run]:
+    """Pools on a network in memory."""
+    core = importlib.import_module(name)
+    pool = core.ConnectionPool(network_backend=in_memory(core))
+    own = core.AsyncConnectionPool(network_backend=async_in_memory(core))
+    return {
+        name: repeated(lambda: pool.request("GET", URL)),
+        f"{name}, 8 threads": threaded(lambda: pool.request("GET", URL)),
+        f"{name}, asyncio": awaited(LOOP, lambda: own.request("GET", URL)),
+    }
 
 
-def async_in_memory(library: Any) -> Any:
-    """The same for asyncio."""
-
-    class Stream(library.AsyncNetworkStream):  # type: ignore[misc, name-defined]  # the same
-        async def read(self, *_: Any, **__: Any) -> bytes:
-            return ANSWER
-
-        async def write(self, *_: Any, **__: Any) -> None: ...
-        async def aclose(self) -> None: ...
-        def get_extra_info(self, _: str) -> Any: ...
-
-    class Backend(library.AsyncNetworkBackend):  # type: ignore[misc, name-defined]  # the same
-        async def connect_tcp(self, *_: Any, **__: Any) -> Any:
-            return Stream()
-
-    return Backend()
+def client(name: str) -> Run:
+    """A client on a network in memory: here the official instrumentation can be beside us."""
+    library, core = importlib.import_module(name), importlib.import_module(NAMES[name])
+    transport = library.HTTPTransport(verify=False)
+    transport._pool = core.ConnectionPool(network_backend=in_memory(core))
+    made = library.Client(transport=transport)
+    return repeated(lambda: made.get(URL))
 
 
-def requests(pool: Any, url: str) -> Run:
-    return lambda cycles: timed(lambda: pool.request("GET", url), cycles)
+def clients(name: str, url: str) -> dict[str, Run]:
+    """Clients of a real server."""
+    library = importlib.import_module(name)
+    made, own = library.Client(), library.AsyncClient()
+    return {
+        f"{name}, uvicorn": repeated(lambda: made.get(url)),
+        f"{name}, uvicorn, 8 threads": threaded(lambda: made.get(url)),
+        f"{name}, uvicorn, asyncio": awaited(LOOP, lambda: own.get(url)),
+    }
 
 
-def async_requests(pool: Any, url: str) -> Run:
-    async def cycles_of(cycles: int) -> float:
-        start = perf_counter()
-        for _ in range(cycles):
-            await pool.request("GET", url)
-        return perf_counter() - start
+@contextmanager
+def official(provider: Any = PROVIDER) -> Iterator[None]:
+    """The official instrumentation of httpx, with the same SDK for its metric and none for spans."""
+    from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
 
-    return lambda cycles: LOOP.run_until_complete(cycles_of(cycles))
+    HTTPXClientInstrumentor().instrument(meter_provider=provider, skip_dep_check=True)
+    try:
+        yield
+    finally:
+        HTTPXClientInstrumentor().uninstrument()
+
+
+def peers(name: str, provider: Any = PROVIDER) -> dict[str, Way]:
+    """It knows httpx alone, and not what is below it."""
+    return {"official": partial(official, provider)} if name.startswith("httpx,") else {}
 
 
 @contextmanager
@@ -95,24 +97,21 @@ def server() -> Iterator[str]:
 
 def main() -> None:
     chosen = arguments(__doc__, "server")
-    rounds, cycles = chosen.rounds, chosen.cycles
-    rows = {}
-    names = [name for name in ("httpcore", "httpcore2") if importlib.util.find_spec(name)]
-    for name in names:
-        library = importlib.import_module(name)
-        pool = library.ConnectionPool(network_backend=in_memory(library))
-        rows[name] = compare(requests(pool, "http://example.org/"), cycles, rounds)
-        async_pool = library.AsyncConnectionPool(network_backend=async_in_memory(library))
-        rows[f"{name}, asyncio"] = compare(async_requests(async_pool, "http://example.org/"), cycles, rounds)
+    rows: dict[str, Row] = {}
+
+    def measure(name: str, run: Run, part: int) -> None:
+        rows[name] = compare("httpx", run, chosen, peers(name), part)
+
+    for name, core in NAMES.items():
+        for told, run in cores(core).items():
+            measure(told, run, 4)
+        measure(f"{name}, in memory", client(name), 4)
     if not chosen.no_server:
         with server() as url:
-            for name in ("httpx", "httpx2"):
-                if importlib.util.find_spec(name):
-                    library = importlib.import_module(name)
-                    rows[f"{name}, uvicorn"] = compare(requests(library.Client(), url), cycles // 10, rounds)
-                    client = library.AsyncClient()
-                    rows[f"{name}, uvicorn, asyncio"] = compare(async_requests(client, url), cycles // 10, rounds)
-    show(rows, chosen, ", ".join(f"{name} {version(name)}" for name in names))
+            for name in NAMES:
+                for told, run in clients(name, url).items():
+                    measure(told, run, 10)
+    show(rows, chosen, ", ".join(f"{core} {version(core)}" for core in NAMES.values()))
 
 
 if __name__ == "__main__":

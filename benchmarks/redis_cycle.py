@@ -3,72 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
-from threading import Thread
 from time import perf_counter
 from typing import Any
 
 import redis
 import redis.asyncio
-from turns import PROVIDER, Run, arguments, compare, show, timed
+from stubs import AsyncRedis, Redis, asked
+from turns import PROVIDER, THREADS, Row, Run, Way, arguments, awaited, compare, repeated, show, threaded
 
-THREADS, SHARED = 8, 4
-
-
-class Stub:
-    """A connection that does nothing: no I/O hides what we add."""
-
-    def __init__(self, **_: Any) -> None:
-        self.pid = os.getpid()
-
-    def connect(self) -> None: ...
-    def disconnect(self) -> None: ...
-    def re_auth(self) -> None: ...
-    def can_read(self, *_: float) -> bool:
-        return False
-
-    def should_reconnect(self) -> bool:
-        return False
-
-
-class AsyncStub:
-    """The same for asyncio."""
-
-    is_connected = True
-
-    def __init__(self, **_: Any) -> None: ...
-    async def connect(self) -> None: ...
-    async def disconnect(self) -> None: ...
-    async def re_auth(self) -> None: ...
-    async def can_read(self) -> bool:
-        return False
-
-    async def can_read_destructive(self) -> bool:
-        return False
-
-    def should_reconnect(self) -> bool:
-        return False
-
-
+SHARED = 4
 LOOP = asyncio.new_event_loop()
-
-
-def asked() -> tuple[str, ...]:
-    """The arguments of `get_connection` that this version's client gives."""
-    return () if tuple(map(int, version("redis").split(".")[:2])) >= (5, 3) else ("GET",)
 
 
 def stub(kind: type[Any]) -> Run:
     """A pool on stubs."""
-    pool, arguments = kind(connection_class=Stub, max_connections=5), asked()
+    pool, arguments = kind(connection_class=Redis, max_connections=5), asked()
+    return repeated(lambda: pool.release(pool.get_connection(*arguments)))
 
-    def cycle() -> None:
-        pool.release(pool.get_connection(*arguments))
 
-    return lambda cycles: timed(cycle, cycles)
+def threads() -> Run:
+    """Enough connections for everybody."""
+    pool, arguments = redis.ConnectionPool(connection_class=Redis, max_connections=THREADS), asked()
+    return threaded(lambda: pool.release(pool.get_connection(*arguments)))
 
 
 def async_stub(kind: type[Any]) -> Run:
@@ -76,10 +36,11 @@ def async_stub(kind: type[Any]) -> Run:
     arguments = asked()
 
     async def make() -> Any:
-        return kind(connection_class=AsyncStub, max_connections=5)
+        return kind(connection_class=AsyncRedis, max_connections=5)
 
     pool = LOOP.run_until_complete(make())
 
+    # Not `awaited`, whose one coroutine more would make light of what we add.
     async def cycles_of(cycles: int) -> float:
         start = perf_counter()
         for _ in range(cycles):
@@ -89,50 +50,36 @@ def async_stub(kind: type[Any]) -> Run:
     return lambda cycles: LOOP.run_until_complete(cycles_of(cycles))
 
 
-def get(url: str) -> Run:
+def stubs() -> dict[str, Run]:
+    return {
+        "ConnectionPool": stub(redis.ConnectionPool),
+        "BlockingConnectionPool": stub(redis.BlockingConnectionPool),
+        "ConnectionPool, 8 threads": threads(),
+        "asyncio ConnectionPool": async_stub(redis.asyncio.ConnectionPool),
+        "asyncio BlockingConnectionPool": async_stub(redis.asyncio.BlockingConnectionPool),
+    }
+
+
+def gets(url: str) -> dict[str, Run]:
     """`GET` on a real Valkey."""
-    client = redis.Redis.from_url(url)
-    return lambda cycles: timed(lambda: client.get("key"), cycles)
-
-
-def async_get(url: str) -> Run:
-    """`GET` on a real Valkey, asyncio."""
-    client = redis.asyncio.Redis.from_url(url)
-
-    async def cycles_of(cycles: int) -> float:
-        start = perf_counter()
-        for _ in range(cycles):
-            await client.get("key")
-        return perf_counter() - start
-
-    return lambda cycles: LOOP.run_until_complete(cycles_of(cycles))
-
-
-def threads(url: str) -> Run:
-    """`GET` by 8 threads on a blocking pool of 4."""
-    client = redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(url, max_connections=SHARED))
-
-    def run(cycles: int) -> float:
-        workers = [Thread(target=timed, args=(lambda: client.get("key"), cycles // THREADS)) for _ in range(THREADS)]
-        start = perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        return perf_counter() - start
-
-    return run
+    shared = redis.BlockingConnectionPool.from_url(url, max_connections=SHARED)
+    client, own, few = redis.Redis.from_url(url), redis.asyncio.Redis.from_url(url), redis.Redis(connection_pool=shared)
+    return {
+        "GET": repeated(lambda: client.get("key")),
+        "GET, asyncio": awaited(LOOP, lambda: own.get("key")),
+        "GET, 8 threads on 4": threaded(lambda: few.get("key")),
+    }
 
 
 @contextmanager
-def native() -> Iterator[None]:
+def native(provider: Any = PROVIDER) -> Iterator[None]:
     """redis-py's own metrics, basic and advanced, with the same SDK."""
     from opentelemetry.metrics import _internal
     from redis.asyncio.observability import recorder as async_recorder
     from redis.observability import providers, recorder
     from redis.observability.config import MetricGroup, OTelConfig
 
-    _internal._METER_PROVIDER = PROVIDER
+    _internal._METER_PROVIDER = provider
     groups = [MetricGroup.CONNECTION_BASIC, MetricGroup.CONNECTION_ADVANCED]
     providers.get_observability_instance().init(OTelConfig(metric_groups=groups))
     try:
@@ -144,27 +91,20 @@ def native() -> Iterator[None]:
         _internal._METER_PROVIDER = None
 
 
-def peers() -> dict[str, Callable[[], Any]]:
+def peers(provider: Any = PROVIDER) -> dict[str, Way]:
     """redis-py has metrics of its own from 7.2 on."""
-    return {"native": native} if tuple(map(int, version("redis").split(".")[:2])) >= (7, 2) else {}
+    return {"native": partial(native, provider)} if tuple(map(int, version("redis").split(".")[:2])) >= (7, 2) else {}
 
 
 def main() -> None:
     chosen = arguments(__doc__, "valkey")
-    rounds, cycles = chosen.rounds, chosen.cycles
-    rows = {
-        "ConnectionPool": compare(stub(redis.ConnectionPool), cycles, rounds, peers()),
-        "BlockingConnectionPool": compare(stub(redis.BlockingConnectionPool), cycles, rounds, peers()),
-        "asyncio": compare(async_stub(redis.asyncio.ConnectionPool), cycles, rounds, peers()),
-        "asyncio, blocking": compare(async_stub(redis.asyncio.BlockingConnectionPool), cycles, rounds, peers()),
-    }
+    rows: dict[str, Row] = {name: compare("redis", run, chosen, peers()) for name, run in stubs().items()}
     if not chosen.no_server:
         from otel_pools.demo._valkey import Valkey
 
         with Valkey() as server:
-            url = server.url()
-            for name, make in {"GET": get, "GET, asyncio": async_get, "GET, 8 threads on 4": threads}.items():
-                rows[name] = compare(make(url), cycles // 5, rounds, peers())
+            for name, run in gets(server.url()).items():
+                rows[name] = compare("redis", run, chosen, peers(), 5)
     show(rows, chosen, f"redis-py {version('redis')}")
 
 

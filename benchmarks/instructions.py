@@ -1,0 +1,165 @@
+"""How many instructions a cycle takes, by callgrind: a measure without noise, compared with a recorded one."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from stubs import POOLS
+
+RECORD = Path(__file__).parents[1] / "tests/bench/instructions.json"
+MOST = 1.10  # times what is recorded; other seeds of the hashes make up to 3 % of it, in either direction
+ALIKE = 8  # pools
+MANY, CYCLES = 400, {"httpx": 80}  # of one measure; some are longer
+MARK = "getloadavg"  # a function of libc that nothing here calls but us
+SEED = "0"
+Figures = dict[str, Any]  # of one target: instructions a cycle, their ratio, and of which version
+
+
+class Unavailable(Exception):  # noqa: N818  # it is none
+    """There is no callgrind, or no figure, here."""
+
+
+# -- the program under valgrind --------------------------------------------------------
+
+
+def program() -> None:
+    """Of each target some cycles, then twice as many, bare and ours; between marks. No SDK: a cycle calls none."""
+    import otel_pools
+
+    # Several, as what a look-up takes depends on where in memory its key happens to be.
+    pools = {target: [make() for _ in range(ALIKE)] for target, make in POOLS.items()}
+    gc.disable()
+    gc.freeze()  # or each search for pools, under valgrind, takes seconds
+    for target, alike in pools.items():
+        cycles = [pool.cycle for pool in alike]
+        _marked(target, cycles)
+        # No wait is slow, however slow valgrind is.
+        otel_pools.instrument(target, span_threshold=1000)
+        _marked(target, cycles)
+        otel_pools.uninstrument(target)
+
+
+def _marked(target: str, cycles: list[Callable[[], Any]]) -> None:
+    rounds = CYCLES.get(target, MANY) // ALIKE
+    _repeat(cycles, rounds)
+    for number in (rounds, 2 * rounds):
+        os.getloadavg()
+        _repeat(cycles, number)
+    os.getloadavg()
+
+
+def _repeat(cycles: list[Callable[[], Any]], rounds: int) -> None:
+    for _ in range(rounds):
+        for cycle in cycles:
+            cycle()
+
+
+# -- what callgrind says of it ---------------------------------------------------------
+
+
+def measure() -> dict[str, Figures]:
+    """Instructions a cycle, bare and ours, of all targets."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out")
+        _valgrind(out)
+        # A dump at each mark: what was before the first cycles, these, twice as many; and again.
+        dumps = iter([_total(Path(f"{out}.{number + 1}")) for number in range(6 * len(POOLS))])
+    return {target: _figures(target, [next(dumps) for _ in range(6)]) for target in POOLS}
+
+
+def _figures(target: str, taken: list[int]) -> Figures:
+    bare, ours = ((taken[place + 1] - taken[place]) // CYCLES.get(target, MANY) for place in (1, 4))
+    name = POOLS[target].distribution
+    return {"bare": bare, "added": ours - bare, "ratio": round(ours / bare, 4), name: version(name)}
+
+
+def _valgrind(out: Path) -> None:
+    """Same hashes, same addresses: the same instructions each time."""
+    valgrind = shutil.which("valgrind")
+    if valgrind is None:
+        raise Unavailable("valgrind is not installed")
+    options = ("-q", "--tool=callgrind", f"--callgrind-out-file={out}", f"--dump-before={MARK}")
+    environment = {**os.environ, "PYTHONHASHSEED": SEED, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [valgrind, *options, sys.executable, __file__, "--program"]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=300)
+
+
+def _total(file: Path) -> int:
+    if not file.exists():
+        raise Unavailable(f"callgrind does not see {MARK}() of this libc")
+    lines = file.read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("totals:"))
+
+
+# -- what is recorded ------------------------------------------------------------------
+
+
+def recorded() -> Mapping[str, Figures]:
+    """The figures of this minor version of Python, by target."""
+    minor, all = _minor(), json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    if minor not in all:
+        raise Unavailable(f"nothing is recorded for Python {minor}: run {Path(__file__).name} --update with it")
+    figures: Mapping[str, Figures] = all[minor]
+    return figures
+
+
+def _minor() -> str:
+    return ".".join(platform.python_version_tuple()[:2])
+
+
+def update(now: Mapping[str, Figures]) -> None:
+    """Record these for this minor version, and leave the others."""
+    all = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    all[_minor()] = now
+    RECORD.write_text(json.dumps(dict(sorted(all.items(), key=lambda one: int(one[0].split(".")[1]))), indent=2) + "\n")
+
+
+def regressions(now: Mapping[str, Figures], then: Mapping[str, Figures]) -> Iterator[str]:
+    """
+    On which targets we add more than we may, in a sentence each.
+
+    What we add must have grown, and its share of the cycle too: the one alone
+    grows with another build of Python, the other with a faster version of the
+    library. A tenth of ours / bare would not do: it lets what we add double.
+    """
+    for target, figures in now.items():
+        before = then.get(target)
+        if before is not None and growth(figures, before) > MOST:
+            yield f"{target}: we add {growth(figures, before):.2f} times what is recorded; {figures}, was {before}"
+
+
+def growth(now: Figures, then: Figures) -> float:
+    added: float = now["added"] / then["added"]
+    return min(added, added * then["bare"] / now["bare"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--update", action="store_true", help="record what is measured, for this version of Python")
+    parser.add_argument("--program", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.program:
+        program()
+        return
+    now = measure()
+    for target, figures in now.items():
+        print(f"{target:12} {figures}")
+    if chosen.update:
+        update(now)
+    sys.exit("\n".join(regressions(now, recorded())) or 0)
+
+
+if __name__ == "__main__":
+    main()

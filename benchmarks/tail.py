@@ -1,0 +1,87 @@
+"""How long the slowest cycles take while somebody collects ten times a second: bare and ours taking turns."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+from array import array
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from time import perf_counter
+from typing import Any
+
+from sdk import Sdk
+from stubs import POOLS
+from turns import Row, parser, ratio, watched
+
+SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
+EVERY = 0.1
+SLOWER = {"httpx": 10}  # by how much fewer cycles are done with what takes longer
+
+
+def sampled(cycle: Callable[[], Any], cycles: int) -> array[float]:
+    """The seconds of each single cycle."""
+    taken = array("d", bytes(8 * cycles))
+    for number in range(cycles):
+        start = perf_counter()
+        cycle()
+        taken[number] = perf_counter() - start
+    return taken
+
+
+def quantiles(taken: array[float]) -> dict[str, float]:
+    """In microseconds."""
+    ordered = sorted(taken)
+    told = {name: ordered[int(len(ordered) * share)] for name, share in SHARES.items()} | {"max": ordered[-1]}
+    return {name: seconds * 1e6 for name, seconds in told.items()}
+
+
+def measure(target: str, rounds: int, cycles: int) -> Row:
+    """Quantiles of all cycles, and the median of the rounds' ratios."""
+    cycle, sdk = POOLS[target]().cycle, Sdk()
+    # The thread collects in bare turns too: it is what we do there that is compared.
+    ways = {"bare": nullcontext, "ours": lambda: watched(target, meter_provider=sdk.provider)}
+    taken: dict[str, list[array[float]]] = {way: [] for way in ways}
+    with sdk.exporting(EVERY):
+        for number in range(rounds):
+            for way in list(ways)[:: -1 if number % 2 else 1]:
+                with ways[way]():
+                    sampled(cycle, max(cycles // rounds // 10, 1))
+                    gc.collect()
+                    taken[way].append(sampled(cycle, cycles // rounds))
+    return _row(taken)
+
+
+def _row(taken: Mapping[str, list[array[float]]]) -> Row:
+    all = {way: quantiles(array("d", (one for turn in turns for one in turn))) for way, turns in taken.items()}
+    told = {way: [quantiles(turn) for turn in turns] for way, turns in taken.items()}
+    row = {"cycles": float(sum(map(len, taken["ours"])))}
+    for name in (*SHARES, "max"):
+        row |= {f"{name}_{way}_us": round(quantile[name], 2) for way, quantile in all.items()}
+    for name in SHARES:
+        one, other = ([turn[name] for turn in told[way]] for way in ("ours", "bare"))
+        row[f"{name}/bare"] = ratio(one, other)
+        row[f"{name}/bare, all"] = round(all["ours"][name] / all["bare"][name], 3)
+    return row
+
+
+def table(told: Mapping[str, Any]) -> list[str]:
+    """As lines of less than 100 columns."""
+    lines = [f"Single cycles, bare / ours in µs and the ratio of all, collected every {EVERY * 1000:.0f} ms"]
+    lines.append(f"{'':11}{'cycles':>9}" + "".join(f"{name:>24}" for name in SHARES))
+    for target, row in told["rows"].items():
+        cells = (f"{row[f'{q}_bare_us']:.4g} / {row[f'{q}_ours_us']:.4g} = {row[f'{q}/bare, all']:.2f}" for q in SHARES)
+        lines.append(f"{target:11}{row['cycles']:9.0f}" + "".join(f"{cell:>24}" for cell in cells))
+    return lines
+
+
+def main() -> None:
+    chosen = parser(__doc__, rounds=5, cycles=100_000).parse_args()
+    rows = {target: measure(target, chosen.rounds, chosen.cycles // SLOWER.get(target, 1)) for target in POOLS}
+    told = {"python": platform.python_version(), "rounds": chosen.rounds, "rows": rows}
+    print(json.dumps(told) if chosen.json else "\n".join(table(told)))
+
+
+if __name__ == "__main__":
+    main()
