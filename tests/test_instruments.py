@@ -236,7 +236,7 @@ def test_a_finaliser_inside_a_collection_does_not_hang(telemetry):
 def test_reprs():
     """Each stateful object says its state in a sentence."""
     outbox = Outbox()
-    outbox.notes.append(Note(1.0, "new", None, None))
+    outbox.notes.append(Note(1.0, "new", None, None, 0.0))
     meter = MeterProvider().get_meter("m")
 
     assert repr(outbox) == "<Outbox [1 samples waiting, 0 dropped]>"

@@ -1,4 +1,4 @@
-"""The OTLP receiver, over real HTTP: the real exporter on one side, hostile clients on the other."""
+"""The OTLP receiver, over real HTTP and gRPC: the real exporter on one side, hostile clients on the other."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from opentelemetry.exporter.otlp.proto.http import Compression
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider
 from opentelemetry.sdk.metrics.export import AggregationTemporality, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
@@ -24,7 +25,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
 from otel_pools import _receiver
-from otel_pools._receiver import Distribution, Receiver
+from otel_pools import _vocabulary as words
+from otel_pools._grpc import GrpcDoor
+from otel_pools._receiver import Distribution, Receiver, Wait
 
 DELTA = AggregationTemporality.DELTA
 
@@ -240,6 +243,218 @@ def test_survives_clients_that_leave(receiver, capfd):
 
     assert post(receiver)[0] == 200
     assert capfd.readouterr().err == ""
+
+
+# -- what it makes of hostile messages ---------------------------------------------------
+
+
+def message(name="hits", **resource):
+    """A request with one metric, and the metric."""
+    request = ExportMetricsServiceRequest()
+    told = request.resource_metrics.add()
+    for key, value in resource.items():
+        told.resource.attributes.add(key=key.replace("_", ".")).value.string_value = value
+    return request, told.scope_metrics.add().metrics.add(name=name)
+
+
+def sent(receiver, request):
+    status = post(receiver, body=request.SerializeToString())[0]
+    assert status == 200
+    return receiver.series()
+
+
+def test_long_texts_are_cut(receiver):
+    """Of a name and of an attribute only so many characters are kept, and only so many attributes."""
+    request, metric = message("n" * 1000)
+    point = metric.sum.data_points.add(as_int=1)
+    for number in range(100):
+        point.attributes.add(key=f"{number:03}{'k' * 1000}").value.string_value = "v" * 1000
+    [series] = sent(receiver, request)
+
+    assert len(series.now.name) == _receiver.MAX_TEXT
+    assert len(series.now.attributes) == _receiver.MAX_ATTRIBUTES
+    assert {len(text) for pair in series.now.attributes.items() for text in pair} == {_receiver.MAX_TEXT}
+
+
+def test_histograms_of_too_many_buckets_are_passed_over(receiver):
+    """No real one has that many."""
+    request, metric = message()
+    metric.histogram.data_points.add(bucket_counts=[1] * 1001, explicit_bounds=range(1000))
+
+    assert sent(receiver, request) == []
+
+
+def test_a_request_has_only_so_many_points(receiver, monkeypatch):
+    """What is beyond is left unread."""
+    monkeypatch.setattr(_receiver, "MAX_POINTS", 3)
+    request, metric = message()
+    for number in range(9):
+        metric.sum.data_points.add(as_int=1).attributes.add(key="n").value.int_value = number
+
+    assert len(sent(receiver, request)) == 3
+
+
+def test_a_million_empty_resources_are_not_looked_at(receiver, monkeypatch):
+    """A small packed body that unpacks to a great many parts costs neither memory nor time: most are left unread."""
+    looked = []
+    source = _receiver._source
+    monkeypatch.setattr(_receiver, "_source", lambda *resource: looked.append(1) or source(*resource))
+
+    assert post(receiver, body=gzip.compress(b"\x0a\x00" * 1_000_000), Content_Encoding="gzip")[0] == 200
+    assert len(looked) == _receiver.MAX_PARTS
+
+
+def test_a_process_without_an_instance_is_told_by_its_resource(receiver):
+    """Equal resources are one process, by a digest of them, which is short however long they are."""
+    for host in ("a" * 10_000, "b", "b"):
+        request, metric = message(host_name=host, process_pid="7")
+        metric.sum.data_points.add(as_int=1)
+        series = sent(receiver, request)
+
+    assert [(len(one.now.source), one.now.pid) for one in series] == [(64, "7"), (64, "7")]
+
+
+def test_forgets_processes(receiver):
+    """What somebody no longer wants to know of is dropped, and the rest stays."""
+    for instance in ("one", "two"):
+        request, metric = message(service_instance_id=instance)
+        metric.sum.data_points.add(as_int=1)
+        sent(receiver, request)
+    receiver.forget({"one"})
+
+    assert [one.now.source for one in receiver.series()] == ["two"]
+
+
+def test_more_clients_than_threads_have_to_come_again(receiver, monkeypatch):
+    """When all threads are taken, whoever comes is sent away, and served when one is free."""
+    monkeypatch.setattr(_receiver, "MAX_CLIENTS", 1)
+    with socket.create_connection(receiver._server.server_address):
+        while not receiver._server._open:
+            pass
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            post(receiver)
+    while receiver._server._open:
+        pass
+
+    assert post(receiver)[0] == 200
+
+
+def test_a_port_can_be_chosen():
+    """It listens where it is told to; a port that is taken is an error."""
+    with Receiver() as first:
+        port = urlsplit(first.endpoint).port
+        with pytest.raises(OSError, match="in use"):
+            Receiver(port=port)
+    with Receiver(port=port) as second:
+        assert urlsplit(second.endpoint).port == port
+
+
+def test_tells_of_waits():
+    """Of the spans that are ours it tells who held the connections; those of others are only counted."""
+    request, told = ExportTraceServiceRequest(), []
+    for scope in ("otel_pools.sqlalchemy", "app"):
+        scopes = request.resource_spans.add().scope_spans.add()
+        scopes.scope.name = scope
+        span = scopes.spans.add(name="acquire shop", start_time_unix_nano=10**9, end_time_unix_nano=3 * 10**9)
+        span.attributes.add(key=words.SEMCONV_POOL).value.string_value = "shop"
+        span.attributes.add(key=words.ERROR).value.string_value = "timeout"
+        span.events.add(name="else")
+        span.events.add(name=words.HOLDER).attributes.add(key="code.line.number").value.int_value = 7
+    with Receiver(on_waits=told.extend) as receiver:
+        assert post(receiver, "/v1/traces", request.SerializeToString())[0] == 200
+
+        assert receiver.spans == 2
+    assert told == [Wait(told[0].source, "shop", "timeout", 2.0, ({"code.line.number": 7},))]
+
+
+# -- over gRPC -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def door(receiver):
+    pytest.importorskip("grpc", reason="grpcio is not installed")
+    with GrpcDoor(receiver) as running:
+        yield running
+
+
+def export(door, body, service="metrics", compression=None):
+    """One call as a hostile client would make it; the name of its status."""
+    import grpc
+
+    name = f"/opentelemetry.proto.collector.{service}.v1.{service.title()}Service/Export"
+    with grpc.insecure_channel(f"127.0.0.1:{door.port}", options=[("grpc.max_send_message_length", -1)]) as channel:
+        try:
+            channel.unary_unary(name)(body, timeout=20, compression=compression, wait_for_ready=True)
+        except grpc.RpcError as error:
+            return error.code().name
+    return "OK"
+
+
+@pytest.mark.parametrize("packing", ["NoCompression", "Gzip", "Deflate"])
+def test_takes_what_comes_over_grpc(receiver, door, packing):
+    """However it is packed, it is what would have come over HTTP."""
+    import grpc
+
+    request, metric = message()
+    metric.sum.data_points.add(as_int=3)
+
+    assert export(door, request.SerializeToString(), compression=grpc.Compression[packing]) == "OK"
+    assert values(receiver) == {"hits": 3}
+
+
+def test_takes_what_the_exporter_sends_over_grpc(receiver, door):
+    """The real exporter for gRPC is served."""
+    exporters = pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc.metric_exporter")
+    exporter = exporters.OTLPMetricExporter(door.endpoint)
+    provider = MeterProvider([PeriodicExportingMetricReader(exporter, export_interval_millis=1e9)])
+    provider.get_meter("m").create_counter("hits").add(3)
+    provider.shutdown()
+
+    assert values(receiver) == {"hits": 3}
+
+
+@pytest.mark.parametrize("service", ["metrics", "trace", "logs"])
+def test_refuses_garbage_over_grpc(door, service):
+    """Each signal has its service, and a message that is none is the client's mistake."""
+    assert export(door, b"\xff\xfe garbage", service) == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize("packing", ["NoCompression", "Gzip", "Deflate"])
+def test_refuses_a_bomb_over_grpc(receiver, door, packing):
+    """A message over the limit is refused, packed or not, and without unpacking all of it."""
+    import grpc
+
+    bomb = b"\x0a" + bytes(20 * _receiver.MAX_BODY)
+
+    assert export(door, bomb, compression=grpc.Compression[packing]) == "RESOURCE_EXHAUSTED"
+    assert (receiver.exports, export(door, b"")) == (0, "OK")
+
+
+def test_other_calls_are_not_implemented(door):
+    """There are three services."""
+    assert export(door, b"", "profiles") == "UNIMPLEMENTED"
+
+
+def test_the_door_survives_what_is_no_grpc(door, capfd):
+    """Noise on the port costs nothing but the connection, and no word on the terminal."""
+    for noise in (
+        b"\xff" * 10_000,
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00" * 999,
+        b"",
+    ):
+        with socket.create_connection(("127.0.0.1", door.port)) as client:
+            client.sendall(noise)
+
+    assert export(door, b"") == "OK"
+    assert capfd.readouterr().err == ""
+
+
+def test_the_door_says_where_it_is(receiver, door):
+    """The repr has the endpoint; a port that is taken is an error, and not shared."""
+    assert repr(door) == f"<GrpcDoor on http://127.0.0.1:{door.port}>"
+    with pytest.raises(OSError, match="cannot be had"):
+        GrpcDoor(receiver, door.port)
 
 
 # -- distributions -----------------------------------------------------------------------

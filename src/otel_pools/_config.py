@@ -34,6 +34,9 @@ class Settings:
         poll_idle: Whether to look, at each collection, if the servers of idle connections have gone.
         native_redis: Beside redis-py's own OpenTelemetry metrics: ``defer`` leaves to them what they emit,
             ``replace`` takes it over from them, ``both`` emits both.
+        health_degraded: From which part of its limit in use on a pool is degraded, 0 to 1.
+        health_critical: From which part on it is critical.
+        health_wait: Seconds; a request that has waited for longer makes `health` say "not ready".
     """
 
     span_threshold: float = 0.01
@@ -46,6 +49,9 @@ class Settings:
     busy_time: bool = False
     poll_idle: bool = False
     native_redis: str = "defer"
+    health_degraded: float = 0.80
+    health_critical: float = 0.95
+    health_wait: float = 5.0
 
     def rename(self, identity: Identity) -> Identity:
         """Give the pool the name that `names` has for its server, the most exact entry first."""
@@ -63,6 +69,13 @@ def _seconds(value: object) -> float:
     if isinstance(value, bool) or not math.isfinite(seconds) or seconds < 0:
         raise ValueError(value)
     return seconds
+
+
+def _part(value: object) -> float:
+    part = _seconds(value)
+    if not 0 < part <= 1:
+        raise ValueError(value)
+    return part
 
 
 def _words(value: object) -> tuple[str, ...]:
@@ -111,6 +124,9 @@ _READ: dict[str, tuple[Callable[[object], Any], str]] = {
     "busy_time": (_switch, "true or false"),
     "poll_idle": (_switch, "true or false"),
     "native_redis": (_native, f"one of {', '.join(NATIVE)}"),
+    "health_degraded": (_part, "a number above 0 and up to 1"),
+    "health_critical": (_part, "a number above 0 and up to 1"),
+    "health_wait": (_seconds, "a number of seconds, 0 or more"),
 }
 
 

@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+import time
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from . import _guard
 from . import _vocabulary as words
 from ._config import Settings, settings
 from ._guard import guard, logger
-from ._model import Holder
+from ._model import Advice, HealthReport, Holder, PoolStats
 from ._version import __version__
 from .targets import LIBRARIES, Target
 
@@ -48,6 +49,9 @@ class Configuration:
     busy_time: bool | None = None
     poll_idle: bool | None = None
     native_redis: str | None = None
+    health_degraded: float | None = None
+    health_critical: float | None = None
+    health_wait: float | None = None
 
 
 class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
@@ -132,6 +136,8 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
         if cls._registry is not None:  # a module had been imported
             with guard(f"looking for pools of {self.library}"):
                 cls._registry.target.discover(cls._registry)
+                # Now, and not when somebody first looks: their connections may be opened and closed before.
+                cls._registry.pools()
 
     @classmethod
     def _begin(
@@ -340,6 +346,113 @@ def holders(pool: str | None = None) -> tuple[Holder, ...]:
         for holder in holders_of(ledger, registry, clock())
     ]
     return tuple(sorted(found, key=lambda holder: -holder.held_s))
+
+
+def pools() -> tuple[PoolStats, ...]:
+    """
+    The statistics of every pool that is watched, one for each pool name, by name.
+
+    Read from the pools themselves and from what was counted; with or without
+    an SDK, and whatever becomes of its exports.
+    """
+    # As late as the rest of what only an app with pools needs.
+    from ._statistics import statistics  # noqa: PLC0415  # as said
+
+    return statistics()
+
+
+def health(
+    *, degraded: float | None = None, critical: float | None = None, max_wait: float | None = None
+) -> HealthReport:
+    """
+    How the pools are, and whether they can serve.
+
+    A pool is ``degraded`` or ``critical`` by how much of its limit is in use,
+    ``critical`` also if there is harm, and in ``error`` if it cannot be read.
+    It is not ready only on harm: a request has waited for longer than
+    *max_wait*, or within the last minute one got no connection in time, found
+    the pool exhausted, or could not connect. A full pool that nobody waits for
+    is ready.
+
+    Args:
+        degraded: From which part of its limit on, 0 to 1; by default the setting ``health_degraded``.
+        critical: Likewise; by default ``health_critical``.
+        max_wait: In seconds; by default ``health_wait``.
+    """
+    from ._health import report  # noqa: PLC0415  # as said
+    from ._statistics import vitals  # noqa: PLC0415  # as said
+
+    chosen = {"degraded": degraded, "critical": critical, "wait": max_wait}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    found = [(vital, limits._replace(**given) if given else limits) for vital, limits in vitals()]
+    return report(found, time.time())
+
+
+def check(*things: Any, timeout: float = 1.0) -> HealthReport:
+    """
+    Try to get a connection of each of these, for real; `health` never does.
+
+    It is a checkout like any other: it stands in line, and is counted. A
+    client of Redis sends a PING; an engine connects, which reaches the server
+    if a connection has to be opened or is tested first (``pool_pre_ping``).
+    Of each there is one attempt at a time, in a thread.
+
+    Args:
+        *things: SQLAlchemy engines, clients of redis-py and valkey-py; sync ones.
+        timeout: In seconds, for all of them together.
+
+    Raises:
+        TypeError: One of them is for asyncio, or has no connection to get.
+    """
+    from ._check import check  # noqa: PLC0415  # as said
+
+    return check(things, timeout)
+
+
+async def check_async(*things: Any, timeout: float = 1.0) -> HealthReport:
+    """
+    Do what `check` does with asyncio: for an AsyncEngine, or asyncio's clients of Redis.
+
+    Args:
+        *things: Of asyncio.
+        timeout: In seconds, for each.
+
+    Raises:
+        TypeError: One of them is not for asyncio, or has no connection to get.
+    """
+    from ._check import check_async  # noqa: PLC0415  # as said
+
+    return await check_async(things, timeout)
+
+
+def advice(
+    *, wait_probability: float = 0.01, instances: int | None = None, server_limit: int | None = None
+) -> tuple[Advice, ...]:
+    """
+    What to change about the pools that are watched, why, and by which settings; the gravest first.
+
+    Args:
+        wait_probability: How many of all checkouts may have to wait, 0 to 1: sizes are made for it.
+        instances: How many processes of this kind share the server.
+        server_limit: How many connections it allows them all together; see `server_limits`.
+
+    Raises:
+        ValueError: *wait_probability* is not between 0 and 1.
+    """
+    from ._advice import advise  # noqa: PLC0415  # as said
+
+    return advise(pools(), holders(), wait_probability=wait_probability, instances=instances, server_limit=server_limit)
+
+
+def reset_stats() -> None:
+    """
+    Let the statistics of all pools begin anew: counts, timings, peaks and rates.
+
+    The exported metrics go on, and so does what `health` knows of failures.
+    """
+    from ._statistics import restart  # noqa: PLC0415  # as said
+
+    restart()
 
 
 def _named(target: Target, thing: Any, name: str) -> bool:

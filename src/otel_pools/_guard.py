@@ -6,6 +6,10 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from traceback import walk_tb
+
+OURS = str(Path(__file__).parent)
 
 logger = logging.getLogger("otel_pools")
 
@@ -28,7 +32,15 @@ def lost(kind: str, error: Exception) -> None:
     if loud:
         raise error
     where = f"{kind}: {type(error).__qualname__}"
-    once(where, "otel_pools lost a measurement (%s: %s); your application is not affected", where, error)
+    # Not its message: a driver's may quote a URL.
+    once(where, "otel_pools lost a measurement (%s%s); your application is not affected", where, _place(error))
+
+
+def _place(error: Exception) -> str:
+    """The line of ours that it came through last."""
+    passed = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+    ours = [f" at {Path(file).name}:{line}" for file, line in passed if file.startswith(OURS)]
+    return "".join(ours[-1:])
 
 
 def lost_quietly(kind: str, error: Exception) -> None:

@@ -59,11 +59,17 @@ class Loan(NamedTuple):
 Purpose = Callable[[Loan], "str | None"]
 
 
+def _threads() -> dict[int, threading.Thread]:
+    """By ident, without the lock that `threading.enumerate` takes."""
+    return getattr(threading, "_active", {})
+
+
 class _Here(threading.local):
     """The thread that runs this; what it is called is asked once, and without making it known to `threading`."""
 
     def __init__(self) -> None:
-        self.name = getattr(getattr(threading, "_active", {}).get(get_ident()), "name", None)
+        ident = get_ident()
+        self.who: tuple[int, str | None] = ident, getattr(_threads().get(ident), "name", None)
 
 
 _here = _Here()
@@ -72,7 +78,7 @@ _here = _Here()
 def who() -> tuple[int, str | None]:
     """The asyncio task or thread that runs this, and its name."""
     if (loop := running_loop()) is None or (task := current_task(loop)) is None:
-        return get_ident(), _here.name
+        return _here.who
     return -id(task), task.get_name()
 
 
@@ -81,7 +87,7 @@ def lend(since: float) -> Lease:
     frame: FrameType | None = (asking := sys._getframe(2))
     # As in `who`, which would be a call more.
     if (loop := running_loop()) is None or (task := current_task(loop)) is None:
-        owner, name = get_ident(), _here.name
+        owner, name = _here.who
     else:
         owner, name = -id(task), task.get_name()
     via, by = None, asking.f_code
@@ -161,6 +167,7 @@ BETWEEN = (
     *("httpx", "httpx2", "httpcore", "httpcore2", "qdrant_client", "greenlet", "wrapt", "opentelemetry", "otel_pools"),
 )
 _OURS = f"{Path(__file__).parent}{os.sep}"
+_DEMO = f"{_OURS}demo{os.sep}"  # which is an application
 _STDLIB = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
 _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 # What somebody has typed in has no file; nor has what a dataclass or namedtuple has made.
@@ -177,6 +184,8 @@ def _tier(filename: str) -> str:
 
 
 def _classify(filename: str) -> str:
+    if filename.startswith(_DEMO):
+        return APPLICATION
     if any(part in filename for part in _LOOPS):
         return LOOP
     for mark in _INSTALLED:
@@ -222,7 +231,7 @@ def _line(code: CodeType, at: int) -> int:
 def doing(loan: Loan) -> Iterator[FrameType]:
     """The frames that its holder is in now; only asked for what somebody looks at, as it has to be searched."""
     if loan.owner > 0:
-        thread = getattr(threading, "_active", {}).get(loan.owner)
+        thread = _threads().get(loan.owner)
         frame = None if getattr(thread, "name", None) != loan.name else sys._current_frames().get(loan.owner)
         while frame is not None:
             yield frame

@@ -161,7 +161,7 @@ class Tally:
 
 def _less(now: Any, before: Any) -> Any:
     if isinstance(now, Mapping):
-        return {key: more for key, count in now.items() if (more := count - before.get(key, 0)) or key not in before}
+        return {key: more for key, count in now.items() if (more := count - before.get(key, 0))}
     return now if now is None or before is None else now - before
 
 

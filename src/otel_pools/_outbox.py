@@ -1,19 +1,24 @@
-"""Samples on their way: appended on the request path, counted and delivered when metrics are collected."""
+"""Samples on their way: appended on the request path, counted when somebody looks, delivered to who collects."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from threading import Lock
+from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 from . import _vocabulary as words
 from ._leases import Lease
 from ._merge import Histogram, record_all
-from ._model import Tally
+from ._model import Tally, Timing
+from ._period import Period
+from ._timings import Distribution
 
 # Enough for 2000 checkouts a second at the SDK's default of one collection a minute; about 4 MiB.
 LIMIT = 2**17
+# From so many samples on, to go from bin to bin takes less than to look at each.
+MANY = 1000
 
 T = TypeVar("T")
 
@@ -32,12 +37,17 @@ WORDS = 100
 
 
 class Note(NamedTuple):
-    """A wait with a story: not served at once by an idle connection, or slow, or failed."""
+    """
+    A wait with a story: not served at once by an idle connection, or slow, or failed.
+
+    It ended *at* this moment on the clock of `_watch`.
+    """
 
     seconds: float
     path: str
     error: str | None
     context: Any
+    at: float
 
 
 class Histograms(NamedTuple):
@@ -49,6 +59,30 @@ class Histograms(NamedTuple):
     life: Histogram | None
 
 
+class Batch(NamedTuple):
+    """Samples that are counted and wait for a collection."""
+
+    waits: list[float]
+    notes: list[Note]
+    uses: list[float]
+    creates: list[float]
+    lives: list[float]
+
+    def plus(self, other: Batch) -> Batch:
+        """Both, the other's last."""
+        return Batch(
+            self.waits + other.waits,
+            self.notes + other.notes,
+            self.uses + other.uses,
+            self.creates + other.creates,
+            self.lives + other.lives,
+        )
+
+    def sizes(self) -> list[int]:
+        """How many there are of each kind."""
+        return [len(self.waits), len(self.notes), len(self.uses), len(self.creates), len(self.lives)]
+
+
 class Outbox:
     """
     What happened under one pool name and nobody has collected yet.
@@ -56,6 +90,9 @@ class Outbox:
     The eight lists are the whole interface to the request and release paths:
     those only ever `append`, which is atomic, so a finaliser may run them
     inside anything, and they need no lock.
+
+    Whoever looks has them counted, and what was in them is kept for the SDK:
+    the statistics take nothing away from the metrics, and need none.
     """
 
     __slots__ = (
@@ -64,8 +101,10 @@ class Outbox:
         "_closed",
         "_created",
         "_dropped",
+        "_elsewhere",
         "_folding",
         "_inherited",
+        "_kept",
         "_leaked",
         "_nested",
         "busies",
@@ -75,6 +114,7 @@ class Outbox:
         "lives",
         "news",
         "notes",
+        "period",
         "uses",
         "waits",
     )
@@ -88,6 +128,7 @@ class Outbox:
         self.lives: list[float] = []  # how long those lived that were closed
         self.busies: list[float] = []  # how long the server worked
         self.events: list[Event] = []  # what is worth a word
+        self._elsewhere: list[tuple[str | None, int]] = []  # checkouts that somebody else has counted
         self._checkouts: Counter[tuple[str | None, str | None]] = Counter()
         self._closed: Counter[str] = Counter()
         self._created = 0
@@ -97,28 +138,45 @@ class Outbox:
         self._nested = 0
         self._leaked: Counter[str] = Counter()
         self.news: deque[Event] = deque(maxlen=WORDS)  # of the events, those that nobody has heard of yet
+        self.period = Period()
+        self._kept = _nothing()
         self._folding = Lock()
 
     def __repr__(self) -> str:
         return f"<Outbox [{self._waiting()} samples waiting, {self._dropped} dropped]>"
 
     def _waiting(self) -> int:
-        return len(self.waits) + len(self.notes) + len(self.uses) + len(self.creates) + len(self.lives)
+        return sum(map(len, self._lists())) + sum(self._kept.sizes())
+
+    def _lists(self) -> tuple[list[Any], ...]:
+        return self.waits, self.notes, self.uses, self.creates, self.lives
+
+    def fold(self) -> None:
+        """Count everything that is waiting, and keep it for who collects."""
+        if any(self._lists()) or self.closes or self.events or self.busies:
+            with self._folding:
+                self._fold()
+                if max(self._kept.sizes()) > LIMIT:
+                    self._drop()
 
     def deliver(self, histograms: Histograms, identity: Mapping[str, str | int]) -> None:
         """Record everything that is waiting; called inside a collection, so it is part of that export."""
         with self._folding:
-            waits, notes, uses, creates, lives = self._take()
-        for histogram, samples in ((histograms.use, uses), (histograms.create, creates), (histograms.life, lives)):
+            self._fold(collecting=True)
+            batch, self._kept = self._kept, _nothing()
+        for histogram, samples in (
+            (histograms.use, batch.uses),
+            (histograms.create, batch.creates),
+            (histograms.life, batch.lives),
+        ):
             if histogram is not None:
                 record_all(histogram, samples, identity)
         if histograms.wait is not None:
-            _deliver_waits(histograms.wait, waits, notes, identity)
+            _deliver_waits(histograms.wait, batch.waits, batch.notes, identity)
 
     def counted(self, error: str | None, more: int) -> None:
-        """Add checkouts that somebody else has counted, whose path nobody knows; called inside a collection."""
-        with self._folding:
-            self._checkouts[None, error] += more
+        """Add checkouts that somebody else has counted, whose path nobody knows; may be called by a finaliser."""
+        self._elsewhere.append((error, more))
 
     def overdue(self) -> None:
         """Count one more connection that is out for too long."""
@@ -134,13 +192,22 @@ class Outbox:
         """
         if self._folding.acquire(blocking=False):
             try:
-                self._dropped += sum(len(samples) for samples in self._take())
+                self._fold()
+                self._drop()
             finally:
                 self._folding.release()
 
     def tally(self) -> Tally:
-        """What has been counted so far."""
-        checkouts = dict(self._checkouts)  # in one step: a request may be spilling
+        """What has been counted so far; what waits in the lists is not."""
+        with self._folding:
+            return self._tally()
+
+    def _tally(self) -> Tally:
+        for error, more in _cut(self._elsewhere):
+            self._checkouts[None, error] += more
+            if error is not None and more:
+                self.period.failures[error] = perf_counter()
+        checkouts = dict(self._checkouts)
         timeouts = sum(count for (_, error), count in checkouts.items() if error == words.TIMEOUT)
         return Tally(
             checkouts=checkouts,
@@ -154,23 +221,69 @@ class Outbox:
             busy=self._busy,
         )
 
-    def _take(self) -> tuple[list[float], list[Note], list[float], list[float], list[float]]:
-        """Empty the lists and count what was in them."""
-        waits, notes, uses, creates = _cut(self.waits), _cut(self.notes), _cut(self.uses), _cut(self.creates)
-        if waits:
-            self._checkouts[words.IDLE, None] += len(waits)
-        self._checkouts.update((note.path, note.error) for note in notes)
-        self._created += len(creates)
+    def account(self) -> tuple[Tally, Timing, Timing, Timing]:
+        """What happened in this period, and how long waits, uses and creations took in it; all of one moment."""
+        with self._folding:
+            period = self.period
+            waits, uses, creates = period.wait.timing(), period.use.timing(), period.create.timing()
+            return period.tally(self._tally()), waits, uses, creates
+
+    def restart(self, held: int) -> None:
+        """Let a new period begin; *held* is how many connections are out."""
+        with self._folding:
+            self._fold()
+            self.period.restart(self._tally(), held)
+
+    def _fold(self, *, collecting: bool = False) -> None:
+        """Empty the lists, and count what was in them."""
+        fresh = Batch(_cut(self.waits), _cut(self.notes), _cut(self.uses), _cut(self.creates), _cut(self.lives))
+        if fresh.waits:
+            self._checkouts[words.IDLE, None] += len(fresh.waits)
+        if fresh.notes:
+            self._note(fresh.notes)
+        self._created += len(fresh.creates)
         self._closed.update(_cut(self.closes))
         busies, events = _cut(self.busies), _cut(self.events)
         if busies:
             self._busy = (self._busy or 0.0) + sum(busies)
+        if events:
+            self._tell(events)
+        _time(self.period.wait, fresh.waits, collecting)
+        _time(self.period.use, fresh.uses, collecting)
+        _time(self.period.create, fresh.creates, collecting)
+        self._kept = self._kept.plus(fresh) if any(self._kept.sizes()) else fresh
+
+    def _note(self, notes: list[Note]) -> None:
+        counted = Counter((note.path, note.error) for note in notes)
+        self._checkouts.update(counted)
+        self.period.wait.add([note.seconds for note in notes])
+        if any(error is not None for _, error in counted):
+            self.period.failures.update({note.error: note.at for note in notes if note.error is not None})
+
+    def _tell(self, events: list[Event]) -> None:
         what = Counter(event.what for event in events)
         self._nested += what[words.NESTED]
         self._inherited += what[words.INHERITED]
         self._leaked[words.COLLECTED] += what[words.COLLECTED]
         self.news.extend(events)
-        return waits, notes, uses, creates, _cut(self.lives)
+
+    def _drop(self) -> None:
+        """Nobody has collected for too long."""
+        self._dropped += sum(self._kept.sizes())
+        self._kept = _nothing()
+
+
+def _time(distribution: Distribution, samples: list[float], collecting: bool) -> None:
+    # To merge them into the SDK they will be sorted anyway.
+    if collecting and len(samples) > MANY:
+        samples.sort()
+        distribution.add_sorted(samples)
+    else:
+        distribution.add(samples)
+
+
+def _nothing() -> Batch:
+    return Batch([], [], [], [], [])
 
 
 def _deliver_waits(wait: Histogram, waits: list[float], notes: list[Note], identity: Mapping[str, str | int]) -> None:

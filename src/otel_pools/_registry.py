@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 from . import _leaks
 from ._guard import guard, lost_quietly, once
 from ._leases import Lend, lend, lend_barely, lend_with_stack
 from ._model import Identity, Reading, Snapshot
+from ._period import Period
 from ._stale import stale
 from ._watch import KeyedRef, Ledger, Watch, age, clock
 
@@ -142,14 +145,42 @@ class Registry:
         return [*self.watches.values(), *self.resting.values()]
 
     def readings(self) -> Iterator[tuple[Ledger, Reading]]:
-        """One reading per pool name; each pool is read once."""
-        now: dict[int, tuple[Snapshot, int]] = {}
-        for watch in self.pools():
-            snapshot, pools = now.get(id(watch.ledger), (Snapshot(), 0))
-            now[id(watch.ledger)] = (snapshot + self._look(watch), pools + (not watch.closed_down))
-        for ledger in list(self.ledgers.values()):
+        """One reading per pool name, for a collection; each pool is read once."""
+        for ledger, watches in self.names():
             with guard("a reading"):
-                yield ledger, self._reading(ledger, *now.get(id(ledger), (Snapshot(), None)))
+                yield ledger, self.reading(ledger, watches, Period.take_peak)
+
+    def names(self) -> list[tuple[Ledger, list[Watch]]]:
+        """The pools that are alive, by their names; those that have no pool left included."""
+        alive: dict[int, list[Watch]] = {}
+        for watch in self.pools():
+            alive.setdefault(id(watch.ledger), []).append(watch)
+        return [(ledger, alive.get(id(ledger), [])) for ledger in list(self.ledgers.values())]
+
+    def reading(self, ledger: Ledger, watches: list[Watch], peak: Callable[[Period, int], int]) -> Reading:
+        """Everything to be said about the pools of one name; of its peaks, whichever is asked for."""
+        snapshots = [self._look(watch) for watch in watches]
+        now, period = clock(), ledger.outbox.period
+        overdue = _leaks.look(ledger, self.patience, self.target.purpose, now)
+        tally = ledger.outbox.tally()
+        period.looked(tally)
+        if not watches:  # none is left: only what has happened remains to be told
+            return Reading(Snapshot(), tally)
+        snapshot = reduce(add, snapshots)
+        used = snapshot.used or 0
+        period.peaked(ledger.take_peak(used))
+        return Reading(
+            snapshot=_with_former(ledger, snapshot),
+            tally=tally,
+            overdue=overdue,
+            pools=sum(not watch.closed_down for watch in watches),
+            # Who shares a connection is not one more of them.
+            peak=peak(period, used) if snapshot.streams is None else None,
+            # list() copies in one step: other threads go on writing.
+            oldest_wait=age(list(ledger.waiting), now),
+            oldest_use=age((lease[0] for lease in list(ledger.leases.values())), now),
+            unreadable=sum(map(is_dark, watches, snapshots)),
+        )
 
     def _look(self, watch: Watch) -> Snapshot:
         """What a pool says of itself, and its idle sockets, if the user wants to know."""
@@ -158,23 +189,6 @@ class Registry:
             with guard("a look at idle sockets"):
                 return replace(snapshot, stale=stale(self.target.idle_sockets(pool, watch)))
         return snapshot
-
-    def _reading(self, ledger: Ledger, snapshot: Snapshot, pools: int | None) -> Reading:
-        now = clock()
-        overdue = _leaks.look(ledger, self.patience, self.target.purpose, now)
-        if pools is None:  # none is left: only what has happened remains to be told
-            return Reading(snapshot, ledger.outbox.tally())
-        return Reading(
-            snapshot=replace(snapshot, origins=ledger.with_former(snapshot.origins)),
-            tally=ledger.outbox.tally(),
-            overdue=overdue,
-            pools=pools,
-            # Who shares a connection is not one more of them.
-            peak=ledger.take_peak(snapshot.used or 0) if snapshot.streams is None else None,
-            # list() copies in one step: other threads go on writing.
-            oldest_wait=age(list(ledger.waiting), now),
-            oldest_use=age((lease[0] for lease in list(ledger.leases.values())), now),
-        )
 
     # -- when things change ----------------------------------------------------
 
@@ -207,6 +221,19 @@ class Registry:
 
 
 _alive: weakref.WeakSet[Registry] = weakref.WeakSet()
+
+
+def is_dark(watch: Watch, snapshot: Snapshot) -> bool:
+    """Whether a pool hands out connections, and could not say a thing about itself."""
+    if snapshot.used is not None or snapshot.channels is not None:
+        return False
+    return not watch.closed_down and watch.pool() is not None
+
+
+def _with_former(ledger: Ledger, snapshot: Snapshot) -> Snapshot:
+    if snapshot.origins is None:
+        return snapshot
+    return replace(snapshot, origins=ledger.with_former(snapshot.origins))
 
 
 def alive() -> list[Registry]:

@@ -66,9 +66,11 @@ class Spans:
         holders = holders_of(watch.ledger, watch.registry, now)
         lines = "".join(f"\n  held {told(holder)}" for holder in holders[:MOST])
         logger.warning(
-            "otel_pools: pool %s is exhausted: %s of %s connections in use, %s waiting, none came in %.2f s%s",
+            "otel_pools: pool %s is exhausted: %s of %s connections in use%s, %s waiting, none came in %.2f s%s",
             name,
-            *(_or_unknown(number) for number in (state.used, state.max, state.pending)),
+            *(_or_unknown(number) for number in (state.used, state.max)),
+            f" ({stray} more in nobody's hands)" if (stray := (state.orphaned or 0) + len(watch.orphans)) else "",
+            _or_unknown(state.pending),
             seconds,
             lines,
         )

@@ -333,6 +333,36 @@ OLDEST_USE = Metric(
     _one(lambda r: r.oldest_use),
 )
 
+OVERDUE_NOW = Metric(
+    "otel_pools.connection.overdue",
+    Kind.UP_DOWN,
+    "{connection}",
+    "Connections that have been out for longer than the leak threshold.",
+    _one(lambda r: r.overdue),
+)
+LEAKED = Metric(
+    "otel_pools.connection.leaked",
+    Kind.COUNTER,
+    "{connection}",
+    "Connections that were out for longer than the leak threshold, or that the garbage collector gave back.",
+    lambda r: [(r.tally.leaked.get(leak, 0), {LEAK: leak}) for leak in LEAKS],
+    (LEAK,),
+)
+INHERITED_USE = Metric(
+    "otel_pools.connection.inherited",
+    Kind.COUNTER,
+    "{connection}",
+    "Connections that were used in a process forked from the one that had opened them.",
+    _one(lambda r: r.tally.inherited),
+)
+NESTED_CHECKOUTS = Metric(
+    "otel_pools.checkout.nested",
+    Kind.COUNTER,
+    "{checkout}",
+    "Checkouts by a thread or task that held a connection of the same pool.",
+    _one(lambda r: r.tally.nested),
+)
+
 EVERY = (
     Metric(
         "otel_pools.checkouts",
@@ -373,21 +403,8 @@ EVERY = (
         "Places in the pool that are occupied and owned by nobody.",
         _one(lambda r: r.snapshot.orphaned),
     ),
-    Metric(
-        "otel_pools.connection.overdue",
-        Kind.UP_DOWN,
-        "{connection}",
-        "Connections that have been out for longer than the leak threshold.",
-        _one(lambda r: r.overdue),
-    ),
-    Metric(
-        "otel_pools.connection.leaked",
-        Kind.COUNTER,
-        "{connection}",
-        "Connections that were out for longer than the leak threshold, or that the garbage collector gave back.",
-        lambda r: [(r.tally.leaked.get(leak, 0), {LEAK: leak}) for leak in LEAKS],
-        (LEAK,),
-    ),
+    OVERDUE_NOW,
+    LEAKED,
     Metric(
         "otel_pools.connection.stale",
         Kind.UP_DOWN,
@@ -395,13 +412,7 @@ EVERY = (
         "Idle connections whose server has gone, as nobody has noticed yet.",
         _one(lambda r: r.snapshot.stale),
     ),
-    Metric(
-        "otel_pools.connection.inherited",
-        Kind.COUNTER,
-        "{connection}",
-        "Connections that were used in a process forked from the one that had opened them.",
-        _one(lambda r: r.tally.inherited),
-    ),
+    INHERITED_USE,
     Metric(
         "otel_pools.connection.busy_time",
         Kind.COUNTER,
@@ -409,13 +420,7 @@ EVERY = (
         "The time that servers worked while somebody held a connection.",
         _one(lambda r: r.tally.busy),
     ),
-    Metric(
-        "otel_pools.checkout.nested",
-        Kind.COUNTER,
-        "{checkout}",
-        "Checkouts by a thread or task that held a connection of the same pool.",
-        _one(lambda r: r.tally.nested),
-    ),
+    NESTED_CHECKOUTS,
     Metric(
         "otel_pools.stream.count",
         Kind.UP_DOWN,

@@ -174,6 +174,7 @@ class Watch:
         "uses",
         "waiting",
         "waits",
+        "working",
     )
 
     def __init__(self, pool: weakref.ref[Any], ledger: Ledger, registry: Registry) -> None:
@@ -188,6 +189,7 @@ class Watch:
         self.opened: dict[int, float] = {}  # ids of those that we have seen being opened, and not closed -> since
         self.inherited: dict[int, KeyedRef] = {}  # those that were there when this process was forked
         self.busy: dict[int, tuple[Lease, float]] = {}  # id of a connection -> its loan, and seconds the server worked
+        self.working: dict[int, float] = {}  # id of a connection for which the server works now -> since
         self.made: set[int] = set()  # ids of those that we have seen being made, and not yet opened
         self.orphans: set[int] = set()  # ids of those that were lost on their way back
         self.closed_down = False
@@ -242,8 +244,10 @@ class Watch:
             self.ledger.outbox.events.append(Event(words.INHERITED, lease, 0.0))
         self.inherit({})
 
-    def worked(self, key: int, seconds: float) -> None:
-        """The server worked for who holds this connection."""
+    def worked(self, key: int) -> None:
+        """The server has worked for who holds this connection, since `working`."""
+        now = clock()
+        seconds = now - self.working.pop(key, now)
         self.ledger.outbox.busies.append(seconds)
         lease = self.leases.get(key)
         if lease is not None:
@@ -251,9 +255,12 @@ class Watch:
             self.busy[key] = lease, seconds + (known[1] if known is not None and known[0] is lease else 0.0)
 
     def busy_for(self, key: int, lease: Lease) -> float | None:
-        """How long it has worked for this loan by now; None if nobody counts."""
-        known = self.busy.get(key)
-        return None if known is None else known[1] if known[0] is lease else 0.0
+        """How long it has worked for this loan by now, what is under way included; None if nobody counts."""
+        known, now = self.busy.get(key), clock()
+        under_way = now - self.working.get(key, now)
+        if known is None:
+            return under_way or None
+        return under_way + (known[1] if known[0] is lease else 0.0)
 
     def nests(self, owner: int, key: int | None) -> None:
         """Who holds one has asked for another, and got that of this *key* or none; if all do so, nobody gets one."""
@@ -349,7 +356,7 @@ class Watch:
         lease = self.leases.pop(ref.key, None)
         if lease is not None:
             self._has_left(ref.key, lease)
-        for table in (self.members, self.owners, self.busy, self.inherited):
+        for table in (self.members, self.owners, self.busy, self.working, self.inherited):
             table.pop(ref.key, None)
         self.orphans.discard(ref.key)
         self.made.discard(ref.key)
@@ -398,7 +405,7 @@ class Watch:
 
     def noted(self, seconds: float, path: str, error: str | None, context: Any) -> None:
         """A wait with a story."""
-        self.notes.append(Note(seconds, path, error, context))
+        self.notes.append(Note(seconds, path, error, context, clock()))
         if len(self.notes) > LIMIT:
             self.ledger.outbox.spill()
 

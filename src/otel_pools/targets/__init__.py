@@ -79,6 +79,10 @@ def descriptor(connection: Any) -> int:
     return -1
 
 
+def _unsaid(pool: Any) -> Mapping[str, Any]:
+    return {}
+
+
 def _unknown(loan: Loan) -> None:
     return None
 
@@ -108,6 +112,7 @@ class Target:
         purpose: What a loan is for, where somebody holds a connection on purpose.
         leases: The ids of what stands for a pool's loans, of the living ones at least.
         withheld: Names of metrics that somebody else emits for the pools of this name, asked at every collection.
+        config: How a pool is set up, in the library's own words; nothing that is a secret or may hold one.
     """
 
     name: str
@@ -124,6 +129,7 @@ class Target:
     purpose: Callable[[Loan], str | None] = _unknown
     leases: Callable[[Any, Watch], Iterable[int]] = _connections
     withheld: Callable[[Registry, Ledger], Collection[str]] = _nobody
+    config: Callable[[Any], Mapping[str, Any]] = _unsaid
 
 
 @dataclass(frozen=True, slots=True)

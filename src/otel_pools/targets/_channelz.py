@@ -12,9 +12,14 @@ from .._guard import once
 
 try:
     # Compiled in and on by default since long; the public package grpcio-channelz calls these same functions.
+    from grpc import __version__ as version  # type: ignore[import-untyped,unused-ignore]  # no types either
     from grpc._cython import cygrpc  # type: ignore[import-untyped,unused-ignore]  # private, and without types
 except ImportError:
     cygrpc = None
+
+# Up to 1.49 gRPC dies, and the process with it, if a channel goes while its books are read (seen on 1.42, 1.48, 1.49).
+OLDEST = (1, 50)
+OPEN = hasattr(cygrpc, "channelz_get_top_channels") and tuple(int(part) for part in version.split(".")[:2]) >= OLDEST
 
 # A channel takes about 0.3 ms to look up, in which no other thread runs: of more than these nothing is said.
 MOST = 32
@@ -51,14 +56,22 @@ class Page:
         target: As gRPC writes it, without its scheme.
         channels: Their ids; each is found once, as it is new.
         told: Of each, how many of its calls were counted by now: well ended, otherwise ended.
+        cut: Of each, how many were under way when a client was last closed: if it was the channel's, they were cut off.
     """
 
     target: str
     channels: list[int] = field(default_factory=list)
     told: dict[int, tuple[int, int]] = field(default_factory=dict)
+    cut: dict[int, int] = field(default_factory=dict)
 
-    def news(self, channel: Channel) -> tuple[int, int]:
+    def ended(self, found: Iterable[Channel]) -> tuple[int, int]:
         """The calls that ended since this was last asked, well and otherwise; the books only ever count on."""
+        news = [self._news(channel) for channel in found]
+        cut = sum(self.cut.pop(id) for id in [*self.cut] if id not in self.told)
+        self.cut.clear()
+        return sum(well for well, _ in news), sum(ill for _, ill in news) + cut
+
+    def _news(self, channel: Channel) -> tuple[int, int]:
         well, ill = self.told.get(channel.id, (0, 0))
         self.told[channel.id] = channel.succeeded, channel.failed
         return max(channel.succeeded - well, 0), max(channel.failed - ill, 0)
@@ -101,12 +114,12 @@ class Books:
 
     def page(self, target: str) -> Page | None:
         """What is known of this server's channels, brought up to date; None if the books are closed to us."""
-        if cygrpc is None or not hasattr(cygrpc, "channelz_get_top_channels"):
+        if not OPEN:
             return None
         for channel in json.loads(cygrpc.channelz_get_top_channels(self._next)).get("channel", ()):
             id = int(channel["ref"]["channelId"])
             self._next = id + 1
-            page = self._pages.get(_address(channel["data"]["target"]))
+            page = self._pages.get(_address(channel.get("data", {}).get("target", "")))
             if page is not None:
                 page.channels.append(id)
         return self._pages.get(target)
@@ -139,7 +152,7 @@ def _channel(id: int, entry: dict[str, Any]) -> Channel:
 
 
 def streams(subchannels: Iterable[int]) -> list[int]:
-    """How many streams are in use on each open connection of these."""
+    """How many streams are in use on each open connection of these; one of an ended call may still be among them."""
     found = (_entry(cygrpc.channelz_get_subchannel, id, "subchannel") or {} for id in set(subchannels))
     sockets = {int(ref["socketId"]) for subchannel in found for ref in subchannel.get("socketRef", ())}
     entries = (_entry(cygrpc.channelz_get_socket, id, "socket") for id in sockets)

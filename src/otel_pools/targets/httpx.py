@@ -6,7 +6,7 @@ import ssl
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from operator import attrgetter
@@ -187,6 +187,12 @@ def _by_origin(open: Iterable[Any], idle: set[int], requests: Iterable[Any]) -> 
     return {origin: Load(busy[origin], resting[origin], under_way[origin]) for origin in {*busy, *resting, *under_way}}
 
 
+def members(pool: Any) -> Iterable[tuple[Any, bool]]:
+    """The connections a pool has when we first see it, and whether they are open."""
+    found = [(connection, _inner(connection)) for connection in list(pool.connections)]
+    return [(connection, established(connection) and not inner.is_closed()) for connection, inner in found]
+
+
 def discover(registry: Registry) -> None:
     """Find the pools that were there before us and have connections."""
     for thing in existing(*(f"{library}:{kind}" for library in LIBRARIES for kind in KINDS)):
@@ -283,6 +289,19 @@ def _flavour(library: str, package: str, prefix: str, handle: str, close: str) -
     yield optional(drop(f"{pool}._close_connections", reason=why_dropped))  # from 1.0.3 on
 
 
+def config(pool: Any) -> Mapping[str, Any]:
+    """The arguments it was made with; None where it has no limit."""
+    return {
+        "class": type(pool).__name__,
+        "max_connections": _limit(pool._max_connections),
+        "max_keepalive_connections": _limit(pool._max_keepalive_connections),
+        "keepalive_expiry": pool._keepalive_expiry,
+        "http1": pool._http1,
+        "http2": pool._http2,
+        "retries": pool._retries,
+    }
+
+
 TARGET = Target(
     name="httpx",
     identify=identify,
@@ -291,5 +310,7 @@ TARGET = Target(
     discover=discover,
     pools_of=pools_of,
     leases=leases,
+    members=members,
+    config=config,
     hooks={library: _rows(library) for library in LIBRARIES},
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import _vocabulary as words
@@ -55,7 +55,8 @@ class Server:
     def channels(self) -> list[Any]:
         """Those its clients have opened; they do at the first call."""
         clients = [client for ref in list(self.clients.values()) if (client := ref()) is not None]
-        found = (getattr(client, name, None) for client in clients for name in CHANNELS)
+        # One that was closed while we were away keeps its channels, which cannot be asked any more.
+        found = (getattr(client, name, None) for client in clients if not client._closed for name in CHANNELS)
         return [channel for one in found if one for channel in (one if isinstance(one, list) else (one,))]
 
     def join(self, remote: Any) -> None:
@@ -78,6 +79,8 @@ _servers: dict[str, Server] = {}
 
 def _after_fork() -> None:
     """The channels are the parent's; to look at them could wait for ever for one of its threads."""
+    for known in _servers.values():
+        known.clients.clear()  # which know it, so that it would live on until garbage is collected
     _servers.clear()
     _books.begin_anew()
 
@@ -109,7 +112,15 @@ def pools_of(thing: Any) -> Iterable[Any]:
     remote = getattr(thing, "_client", thing)
     if not hasattr(remote, "_grpc_port") or not hasattr(remote, "openapi_client"):
         raise TypeError(f"neither a client of a server nor its remote: {type(thing).__qualname__}")
-    return (server(remote), *httpx.pools_of(remote.openapi_client.client))
+    return (server(remote), *_http_pools(remote))
+
+
+def _http_pools(remote: Any) -> Iterable[Any]:
+    """None if the app has given it a transport without one, as in a test."""
+    try:
+        return httpx.pools_of(remote.openapi_client.client)
+    except TypeError:
+        return ()
 
 
 # -- what it says --------------------------------------------------------------------
@@ -125,13 +136,16 @@ def read(pool: Server, watch: Watch) -> Snapshot:
     if found is None:
         return Snapshot(channels=_by_state(map(_channelz.state, pool.channels)))
     streams = _channelz.streams(part for channel in found for part in channel.subchannels)
-    waiting = max(sum(channel.running for channel in found) - sum(streams), 0)
-    busy = sum(map(bool, streams))
+    running = sum(channel.running for channel in found)
+    # A call of asyncio that has failed has its stream for as long as somebody keeps its error.
+    in_use = min(sum(streams), running)
+    busy = min(sum(map(bool, streams)), in_use)
+    waiting = running - in_use
     return Snapshot(
         used=busy,
         idle=len(streams) - busy,
         pending=waiting,
-        streams=sum(streams),
+        streams=in_use,
         # Without a connection it is that what they wait for.
         streams_pending=waiting if streams else 0,
         channels=_by_state(channel.state for channel in found),
@@ -145,18 +159,13 @@ def _look_up(pool: Server, watch: Watch) -> list[_channelz.Channel] | None:
         if page is None:
             return None
         found = list(_channelz.channels(page))
-        _count(page, found, watch)
+        well, ill = page.ended(found)
+    # Not inside the lock: who counts may hold the other one, and wait for this one in a finaliser.
+    watch.ledger.outbox.counted(None, well)
+    if ill:
+        # Of those that did not end well gRPC does not keep why.
+        watch.ledger.outbox.counted(words.OTHER, ill)
     return found
-
-
-def _count(page: _channelz.Page, found: Iterable[_channelz.Channel], watch: Watch) -> None:
-    """Calls that have ended; of those that did not end well gRPC does not keep why."""
-    watch.ledger.outbox.counted(None, 0)
-    for channel in found:
-        well, ill = page.news(channel)
-        watch.ledger.outbox.counted(None, well)
-        if ill:
-            watch.ledger.outbox.counted(words.OTHER, ill)
 
 
 def _by_state(states: Iterable[str]) -> dict[str, int]:
@@ -167,7 +176,17 @@ def _by_state(states: Iterable[str]) -> dict[str, int]:
 
 def withheld(registry: Registry, ledger: Ledger) -> Collection[str]:
     """What nobody can see from outside, so that a zero would be a guess."""
-    unseen = (words.TIMEOUTS, words.PEAK, words.CREATED, words.OLDEST_WAIT, words.OLDEST_USE)
+    unseen = (
+        words.TIMEOUTS,
+        words.PEAK,
+        words.CREATED,
+        words.OVERDUE_NOW,
+        words.LEAKED,
+        words.INHERITED_USE,
+        words.NESTED_CHECKOUTS,
+        words.OLDEST_WAIT,
+        words.OLDEST_USE,
+    )
     return [row.name for row in unseen]
 
 
@@ -177,7 +196,7 @@ def withheld(registry: Registry, ledger: Ledger) -> Collection[str]:
 def opened(registry: Registry, remote: Any) -> None:
     """A client was made: its gRPC side is a pool, and its HTTP pools are Qdrant's."""
     registry.sight(server(remote))
-    for pool in httpx.pools_of(remote.openapi_client.client):
+    for pool in _http_pools(remote):
         httpx.own(pool, Identity("qdrant", "qdrant", None, None, remote._host, remote._port))
         renamed(pool)
         if remote._host in LOCAL and pool._max_keepalive_connections == 0:
@@ -191,19 +210,59 @@ def opened(registry: Registry, remote: Any) -> None:
 
 
 def closes(registry: Registry, remote: Any) -> None:
-    """A client is being closed: its last calls are counted, as gRPC strikes it off its books."""
+    """
+    A client is being closed: its last calls are counted, as gRPC strikes it off its books.
+
+    It may be the garbage collector who closes it, anywhere: here nobody waits
+    for a lock, and in the midst of a reading the client is left to that.
+    """
     pool = server(remote)
     watch = registry.find(pool) if complete(pool) else None
-    if watch is not None:
-        _look_up(pool, watch)
+    if watch is not None and _books.lock.acquire(blocking=False):
+        try:
+            for error, more in _last_words(pool):
+                watch.ledger.outbox.counted(error, more)
+        finally:
+            _books.lock.release()
     pool.leave(id(remote))
 
 
+def _last_words(pool: Server) -> Iterable[tuple[str | None, int]]:
+    """What has ended by now, and with the pool's last client what is cut off; another's is told when it is gone."""
+    page = _books.page(pool.target)
+    if page is None:
+        return ()
+    found = list(_channelz.channels(page))
+    well, ill = page.ended(found)
+    if len(pool.clients) == 1:
+        ill += sum(channel.running for channel in found)
+    else:
+        page.cut.update((channel.id, channel.running) for channel in found)
+    return ((None, well), (words.OTHER, ill)) if ill else ((None, well),)
+
+
 def discover(registry: Registry) -> None:
-    """Find the clients that were there before us."""
+    """Find the clients that were there before us; what they have called by now is not ours to count."""
     for remote in existing(*PLACES):
         if not getattr(remote, "_closed", True):
             opened(registry, remote)
+    with _books.lock:
+        for target in list(_servers):
+            page = _books.page(target)
+            if page is not None:
+                page.ended(list(_channelz.channels(page)))
+
+
+def config(pool: Server) -> Mapping[str, Any]:
+    """The arguments of its first client, and whether the server is on this machine."""
+    client = next((client for ref in list(pool.clients.values()) if (client := ref()) is not None), None)
+    return {
+        "class": "QdrantRemote" if client is None else type(client).__name__,
+        "localhost": pool.host in LOCAL,
+        "prefer_grpc": getattr(client, "_prefer_grpc", None),
+        "pool_size": getattr(client, "_pool_size", None),
+        "channels": len(pool.channels),
+    }
 
 
 TARGET = Target(
@@ -214,6 +273,7 @@ TARGET = Target(
     discover=discover,
     pools_of=pools_of,
     withheld=withheld,
+    config=config,
     hooks={
         "qdrant_client": tuple(
             row

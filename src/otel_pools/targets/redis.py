@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
@@ -621,6 +621,25 @@ def _rows(library: str) -> tuple[Row, ...]:
     )
 
 
+# Of a connection's arguments, those that are no secret and tell how it behaves.
+SAID = (
+    "health_check_interval",
+    "socket_timeout",
+    "socket_connect_timeout",
+    "socket_keepalive",
+    "retry_on_timeout",
+)
+
+
+def config(pool: Any) -> Mapping[str, Any]:
+    """Its own arguments, and those of its connections that were given."""
+    known = {"class": type(pool).__name__, "max_connections": pool.max_connections}
+    if hasattr(pool, "timeout"):  # of a blocking pool
+        known["timeout"] = pool.timeout
+    options = pool.connection_kwargs
+    return known | {name: options[name] for name in SAID if name in options}
+
+
 TARGET = Target(
     name="redis",
     identify=identify,
@@ -633,5 +652,6 @@ TARGET = Target(
     idle_sockets=idle_sockets,
     purpose=purpose,
     withheld=withheld,
+    config=config,
     hooks={"redis": (*_rows("redis"), _Replacement()), "valkey": _rows("valkey")},
 )

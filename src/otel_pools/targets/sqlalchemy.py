@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from operator import attrgetter
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -390,21 +391,43 @@ class _Work:
 
 def _working(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
     def execute(dialect: Any, *args: Any, **kwargs: Any) -> Any:
-        start = clock()
+        ended = nothing
+        with guard("a statement"):
+            ended = _works(registry, kwargs.get("context", args[-1]))
         try:
             return original(dialect, *args, **kwargs)
         finally:
             with guard("the time of a statement"):
-                _worked(registry, kwargs.get("context", args[-1]), clock() - start)
+                ended()
 
     return execute
 
 
-def _worked(registry: Registry, context: Any, seconds: float) -> None:
+def _works(registry: Registry, context: Any) -> Callable[[], None]:
     record = getattr(getattr(context, "_dbapi_connection", None), "_connection_record", None)
     watch = None if record is None else registry.find(_pool_of_record(record))
-    if watch is not None:
-        watch.worked(id(record), seconds)
+    if watch is None:
+        return nothing
+    watch.working[id(record)] = clock()
+    return partial(watch.worked, id(record))
+
+
+def config(pool: Pool) -> Mapping[str, Any]:
+    """The arguments it was made with, by the names that its class has for them."""
+    known = {
+        "class": type(pool).__name__,
+        "recycle": pool._recycle,
+        "pre_ping": pool._pre_ping,
+    }
+    if not isinstance(pool, QueuePool):
+        return known | ({"pool_size": pool.size} if isinstance(pool, SingletonThreadPool) else {})
+    line = pool._pool
+    return known | {
+        "pool_size": line.maxsize,
+        "max_overflow": pool._max_overflow,
+        "timeout": pool._timeout,
+        "use_lifo": line.use_lifo,
+    }
 
 
 TARGET = Target(
@@ -417,6 +440,7 @@ TARGET = Target(
     discover=discover,
     pools_of=pools_of,
     name_pool=name_pool,
+    config=config,
     hooks={
         "sqlalchemy": (
             acquire("sqlalchemy.pool.base:Pool.connect", lease=attrgetter("_connection_record"), refusal=refusal),
