@@ -155,6 +155,49 @@ def test_the_first_timeout_counts():
     assert row.rates[words.TIMEOUT] == 2.0
 
 
+def test_checkouts_of_no_path_have_a_name():
+    """Where a library cannot tell the paths apart, there is one number, and no three that are always 0."""
+    bare = series(_screen.CHECKOUTS, 30, 20)
+    failed = series(_screen.CHECKOUTS, 6, 2, **{words.ERROR: words.OTHER})
+    [row] = rows([bare, failed])
+
+    assert "  5 served, 2 _OTHER  " in plain(STATUS, [row])
+    assert " 0 idle" not in plain(STATUS, [row])
+
+
+def test_harms_have_columns_of_their_own():
+    """What is out for too long, was left to the collector or is lost; and how old the oldest checkout is."""
+    told = [
+        series(_screen.OVERDUE, 1),
+        series(_screen.LEAKED, 2, **{words.LEAK: words.OVERDUE}),
+        series(_screen.LEAKED, 3, **{words.LEAK: words.COLLECTED}),
+        series(_screen.ORPHANED, 4),
+        series(_screen.OLDEST_USE, 5.5),
+    ]
+    [row] = rows(told)
+
+    assert (row.overdue, row.leaked, row.orphaned, row.oldest_use) == (1, 3, 4, 5.5)
+
+
+@pytest.mark.parametrize(("before", "gave_up"), [(4, 2), (None, 0)])
+def test_who_gave_up_is_known_from_the_second_word_on(before, gave_up):
+    """What a pool counted before it was first heard of may be long ago."""
+    assert rows([series(_screen.TIMEOUTS, 6, before)])[0].gave_up == gave_up
+
+
+def test_a_row_says_whose_it_is():
+    """The process, when it was heard of, and how often it speaks."""
+
+    def point(heard):
+        identity = {words.SEMCONV_POOL: "shop", words.SYSTEM: "redis"}
+        return Point("one", "app", _screen.MAX, identity, 1, heard, pid="7", heard=heard)
+
+    [row] = rows([Series(point(12.0), point(10.0))])
+
+    assert (row.source, row.service, row.pid, row.heard, row.interval) == ("one", "app", "7", 12.0, 2.0)
+    assert row.key[:3] == ("shop", "one", "redis")
+
+
 def test_there_is_no_rate_before_there_is_an_interval():
     """One export alone says nothing about speed."""
     assert rows([checkouts(30)])[0].rates == {words.IDLE: 0.0}

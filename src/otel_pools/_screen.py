@@ -18,6 +18,7 @@ from ._receiver import Distribution, Scalar, Series
 WIDTH = 24  # characters of a bar
 LONGEST_NAME = 40
 NOTHING = "-"
+SERVED = "served"  # by whichever path, of a library that cannot tell
 EXACT = 0.01  # seconds below which a tenth of a millisecond is shown
 HTTP = "http"  # for the system of a pool that has no `db.system.name`
 
@@ -38,6 +39,10 @@ PEAK = _metric(words.EVERY, ".peak")
 CREATED = _metric(words.EVERY, ".created")
 CLOSED = _metric(words.EVERY, ".closed")
 OLDEST = _metric(words.EVERY, ".wait.oldest")
+OLDEST_USE = _metric(words.EVERY, ".use.oldest")
+OVERDUE = _metric(words.EVERY, ".overdue")
+LEAKED = _metric(words.EVERY, ".leaked")
+ORPHANED = _metric(words.EVERY, ".orphaned")
 STREAMS = _metric(words.EVERY, ".stream.count")
 STREAMS_MAX = _metric(words.EVERY, ".stream.max")
 
@@ -64,6 +69,15 @@ class PoolRow:
         oldest_wait: Seconds the first of them has waited.
         rates: Checkouts per second in the last interval, by path; failed ones under their `error.type`.
         p50, p95: Seconds a checkout waited, half and 95 % of those in the last interval.
+        oldest_use: Seconds the longest of those that are out has been out.
+        overdue: How many have been out for longer than the leak threshold.
+        leaked: How many the garbage collector gave back, since the start.
+        orphaned: How many places are occupied and owned by nobody.
+        gave_up: How many waited for too long in the last interval.
+        key: What tells it from all other pools.
+        source, service, pid: Of which process, as in a `Point`.
+        heard: When it last said something, on the monotonic clock.
+        interval: Seconds between its last two words.
     """
 
     name: str
@@ -84,6 +98,17 @@ class PoolRow:
     streams: int | None = None
     streams_pending: int | None = None
     streams_max: int | None = None
+    oldest_use: float | None = None
+    overdue: int | None = None
+    leaked: int | None = None
+    orphaned: int | None = None
+    gave_up: int = 0
+    key: tuple[str, ...] = field(default=(), compare=False)
+    source: str = field(default="", compare=False)
+    service: str = field(default="", compare=False)
+    pid: str = field(default="", compare=False)
+    heard: float = field(default=0.0, compare=False)
+    interval: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +139,7 @@ def rows(series: Iterable[Series]) -> list[PoolRow]:
         if name is not None:
             key = (str(name), one.now.source, *_where(attributes))
             pools[key].append(one)
-    return [_row(key[0], key[2], of_pool) for key, of_pool in sorted(pools.items())]
+    return [_row(key, of_pool) for key, of_pool in sorted(pools.items())]
 
 
 def _where(attributes: Mapping[str, Scalar]) -> tuple[str, ...]:
@@ -124,19 +149,20 @@ def _where(attributes: Mapping[str, Scalar]) -> tuple[str, ...]:
     return tuple(str(attributes.get(key, "")) for key in (words.SYSTEM, words.ADDRESS, words.PORT, words.NAMESPACE))
 
 
-def _row(name: str, system: str, series: list[Series]) -> PoolRow:
+def _row(key: tuple[str, ...], series: list[Series]) -> PoolRow:
     totals = _totals(series)
     waits = _waits(series)
+    latest = max(series, key=lambda one: one.now.heard)
     return PoolRow(
-        name=_printable(name),
-        system=_printable(system),
+        name=printable(key[0]),
+        system=printable(key[2]),
         used=totals.get((COUNT, "used"), totals.get((COUNT, "active"))),
         idle=totals.get((COUNT, "idle")),
         max=totals.get((MAX, None)),
         overflow=totals.get((OVERFLOW, None)),
         peak=totals.get((PEAK, None)),
         waiting=totals.get((PENDING, None)),
-        oldest_wait=next((float(_number(one.now.value)) for one in series if one.now.name == OLDEST), None),
+        oldest_wait=_gauge(series, OLDEST),
         rates=_rates(series),
         p50=waits.quantile(0.50) if waits else None,
         p95=waits.quantile(0.95) if waits else None,
@@ -146,7 +172,34 @@ def _row(name: str, system: str, series: list[Series]) -> PoolRow:
         streams=totals.get((STREAMS, "used")),
         streams_pending=totals.get((STREAMS, "pending")),
         streams_max=totals.get((STREAMS_MAX, None)),
+        oldest_use=_gauge(series, OLDEST_USE),
+        overdue=totals.get((OVERDUE, None)),
+        leaked=_collected(series),
+        orphaned=totals.get((ORPHANED, None)),
+        gave_up=_gave_up(series),
+        key=key,
+        source=latest.now.source,
+        service=printable(latest.now.service),
+        pid=printable(latest.now.pid),
+        heard=latest.now.heard,
+        interval=latest.now.heard - latest.before.heard if latest.before else 0.0,
     )
+
+
+def _gauge(series: list[Series], name: str) -> float | None:
+    return next((float(_number(one.now.value)) for one in series if one.now.name == name), None)
+
+
+def _gave_up(series: list[Series]) -> int:
+    """Nobody in the first word of a pool: what it counts may be long ago."""
+    known = any(one.before for one in series)
+    return int(sum(_more(one) for one in series if _name(one) == TIMEOUTS)) if known else 0
+
+
+def _collected(series: list[Series]) -> int | None:
+    """Those of which nobody will ever hear again; the overdue ones may still come back."""
+    leaks = [one for one in series if one.now.name == LEAKED and one.now.attributes.get(words.LEAK) == words.COLLECTED]
+    return int(sum(_number(one.now.value) for one in leaks)) if leaks else None
 
 
 def _totals(series: list[Series]) -> dict[tuple[str, Scalar | None], int]:
@@ -174,10 +227,14 @@ def _rates(series: list[Series]) -> dict[str, float]:
     interval = max((one.now.seconds - one.before.seconds for one in checkouts if one.before), default=0.0)
     for one in checkouts:
         attributes = one.now.attributes
-        path = str(attributes.get(words.ERROR) or attributes.get(words.PATH, ""))
-        more = _number(one.now.value) - (_number(one.before.value) if one.before else 0)
-        rates[path] += max(more, 0.0) / interval if interval > 0 else 0.0
+        path = str(attributes.get(words.ERROR) or attributes.get(words.PATH, SERVED))
+        rates[path] += _more(one) / interval if interval > 0 else 0.0
     return rates
+
+
+def _more(one: Series) -> float:
+    """By how much it grew in the last interval; nothing if the process began anew."""
+    return max(_number(one.now.value) - (_number(one.before.value) if one.before else 0), 0.0)
 
 
 def _waits(series: list[Series]) -> Distribution | None:
@@ -196,9 +253,9 @@ def _number(value: float | Distribution) -> float:
     return 0 if isinstance(value, Distribution) or not abs(value) < float("inf") else value
 
 
-def _printable(text: str) -> str:
+def printable(text: str, longest: int = LONGEST_NAME) -> str:
     """A name comes from another process: its control characters are not for this terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)[:LONGEST_NAME]
+    return "".join(c if c.isprintable() else "?" for c in text[:longest])
 
 
 # -- from rows to cells --------------------------------------------------------------
@@ -228,9 +285,9 @@ def _cells(row: PoolRow) -> tuple[str, ...]:
         _count(row.overflow),
         _count(row.peak),
         _count(row.waiting),
-        _duration(row.oldest_wait),
+        duration(row.oldest_wait),
         _paths(row.rates),
-        f"{_duration(row.p50)}/{_duration(row.p95)}",
+        f"{duration(row.p50)}/{duration(row.p95)}",
         _count(row.timeouts),
         f"{_count(row.created)}/{_count(row.closed)}",
     )
@@ -247,7 +304,7 @@ def _count(value: int | None) -> str:
     return NOTHING if value is None else str(value)
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     if seconds is None:
         return NOTHING
     if seconds >= 1:
@@ -257,9 +314,10 @@ def _duration(seconds: float | None) -> str:
 
 
 def _paths(rates: Mapping[str, float]) -> str:
-    """The three paths always and in their order, then whatever failed."""
-    failed = sorted(path for path in rates if path not in words.PATHS and rates[path] > 0)
-    return ", ".join(f"{rates.get(path, 0):.0f} {_printable(path)}" for path in (*words.PATHS, *failed))
+    """The three paths always and in their order, unless they are not told apart; then whatever failed."""
+    paths = (SERVED,) if SERVED in rates else words.PATHS
+    failed = sorted(path for path in rates if path not in paths and rates[path] > 0)
+    return ", ".join(f"{rates.get(path, 0):.0f} {printable(path)}" for path in (*paths, *failed))
 
 
 def _lines(status: Status) -> tuple[str, str]:
@@ -333,7 +391,7 @@ def drawing(status: Status, pools: list[PoolRow]) -> Group:
         table.add_row(
             Text(name, "bold"),
             Text(system),
-            Text.assemble(_bar(row), "\n", counts),
+            Text.assemble(bar(row), "\n", counts),
             # The bar has room left while nobody gets through.
             Text(streams, "red" if row.streams_pending else ""),
             *map(Text, rest),
@@ -341,7 +399,7 @@ def drawing(status: Status, pools: list[PoolRow]) -> Group:
     return Group(Text(phase, "bold"), table, Text(origin, "dim"))
 
 
-def _bar(row: PoolRow) -> Text:
+def bar(row: PoolRow) -> Text:
     """Used and idle, as shares of what may be open; red when nothing is left."""
     used, idle = row.used or 0, row.idle or 0
     most = max(row.max or 0, used + idle, 1)

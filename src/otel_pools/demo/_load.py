@@ -12,15 +12,18 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import httpx
 from opentelemetry import trace
-from qdrant_client import AsyncQdrantClient, models
 from redis import ConnectionError as RedisConnectionError
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from sqlalchemy import text
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+if TYPE_CHECKING:
+    from qdrant_client import AsyncQdrantClient
 
 # Where the URLs are handed over: one holds a password, and arguments can be read by everybody.
 URL = "OTEL_POOLS_DEMO_URL"
@@ -124,6 +127,9 @@ def prices_client(places: Mapping[str, str], cycle: float) -> httpx.AsyncClient:
 
 def vectors_client(places: Mapping[str, str], cycle: float) -> AsyncQdrantClient:
     """For gRPC: several channels, which share one connection."""
+    # The demo itself imports us too, and this would take it most of two seconds.
+    from qdrant_client import AsyncQdrantClient  # noqa: PLC0415  # as said
+
     return AsyncQdrantClient(
         url=places[QDRANT_URL],
         grpc_port=int(places[QDRANT_GRPC_PORT]),
@@ -135,6 +141,8 @@ def vectors_client(places: Mapping[str, str], cycle: float) -> AsyncQdrantClient
 
 async def stock(vectors: AsyncQdrantClient) -> None:
     """Something to be found."""
+    from qdrant_client import models  # noqa: PLC0415  # as in `vectors_client`
+
     if not await vectors.collection_exists(GOODS):
         size = models.VectorParams(size=2, distance=models.Distance.COSINE)
         await vectors.create_collection(GOODS, vectors_config=size)
@@ -181,6 +189,8 @@ async def price(prices: httpx.AsyncClient, seconds: float) -> None:
 
 async def similar(vectors: AsyncQdrantClient, seconds: float) -> None:
     """A search that takes the server so many seconds; over gRPC, so the crowd waits where no pool can be seen."""
+    from qdrant_client import models  # noqa: PLC0415  # the same
+
     effort = models.SearchParams(hnsw_ef=round(1000 * seconds))  # which our server takes for milliseconds
     await vectors.query_points(GOODS, query=[1.0, random.random()], limit=SIMILAR, search_params=effort)
 

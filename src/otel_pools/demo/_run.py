@@ -10,12 +10,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
 
+from .._child import DEFAULTS, ENDPOINT, HTTP, PROTOCOL, PROTOCOLS, Wish, elsewhere, unproxied, wishes
+from .._child import instrumented as _instrumented
+from .._child import safe as _safe
 from .._receiver import Receiver
 from .._screen import LiveScreen, PlainScreen, PoolRow, Status, rows
 from . import _load
@@ -34,14 +36,8 @@ STOP_SECONDS = 10.0
 TICK = 0.05
 TAIL_LINES = 15
 
-ENDPOINT, PROTOCOL = "OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_PROTOCOL"
-ENDPOINTS = (ENDPOINT, "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-PROTOCOLS = (PROTOCOL, "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
 DISABLED = "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS"
 OURS = "otel_pools_"
-
-# The same as the command `opentelemetry-instrument`, for when it is not beside the interpreter.
-INSTRUMENT = "from opentelemetry.instrumentation.auto_instrumentation import run; run()"
 
 
 class DemoError(RuntimeError):
@@ -49,11 +45,6 @@ class DemoError(RuntimeError):
 
 
 # -- what the load is told -------------------------------------------------------------
-
-
-def elsewhere(environ: Mapping[str, str]) -> str | None:
-    """The endpoint that the user has set, so that the data go there and not to us."""
-    return next((environ[key] for key in ENDPOINTS if environ.get(key)), None)
 
 
 def environment(environ: Mapping[str, str], endpoint: str | None) -> dict[str, str]:
@@ -66,18 +57,14 @@ def environment(environ: Mapping[str, str], endpoint: str | None) -> dict[str, s
     """
     told = {
         **environ,
+        **DEFAULTS,
         "OTEL_SERVICE_NAME": SERVICE,
-        "OTEL_METRICS_EXPORTER": "otlp",
-        "OTEL_TRACES_EXPORTER": "otlp",
-        "OTEL_LOGS_EXPORTER": "none",
-        "OTEL_METRIC_EXPORT_INTERVAL": "1000",
-        "OTEL_BSP_SCHEDULE_DELAY": "1000",
         DISABLED: _without_ours(environ.get(DISABLED, "")),
     }
     if endpoint is not None:
         return _to_us(told, endpoint)
     if not any(environ.get(key) for key in PROTOCOLS) and not _has_grpc():
-        told[PROTOCOL] = "http/protobuf"  # the other half of the default, gRPC, is not in our extra
+        told[PROTOCOL] = HTTP  # the other half of the default, gRPC, is not in our extra
     return told
 
 
@@ -85,15 +72,7 @@ def _to_us(told: dict[str, str], endpoint: str) -> dict[str, str]:
     # What was meant for another destination does not fit ours.
     foreign = (*PROTOCOLS, "OTEL_CONFIG_FILE", "OTEL_EXPORTER_OTLP_HEADERS")
     kept = {key: value for key, value in told.items() if key not in foreign}
-    # Without it a proxy for the internet would be asked for this machine.
-    unproxied = ",".join(filter(None, (told.get("NO_PROXY") or told.get("no_proxy"), "127.0.0.1")))
-    return {
-        **kept,
-        ENDPOINT: endpoint,
-        PROTOCOL: "http/protobuf",
-        "NO_PROXY": unproxied,
-        "no_proxy": unproxied,
-    }
+    return {**kept, ENDPOINT: endpoint, PROTOCOL: HTTP, **unproxied(told)}
 
 
 def _without_ours(disabled: str) -> str:
@@ -190,50 +169,7 @@ class Load:
             self.since = self.since or time.monotonic()
 
 
-def _instrumented() -> list[str]:
-    command = Path(sys.executable).with_name("opentelemetry-instrument")
-    return [str(command)] if command.exists() else [sys.executable, "-c", INSTRUMENT]
-
-
 # -- the play -------------------------------------------------------------------------------
-
-
-class Wish:
-    """
-    Whether somebody wants the demo to end: which signal came.
-
-    Only noted when it comes, so that nothing is torn down half made; whoever
-    waits looks at it.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __repr__(self) -> str:
-        return f"<Wish {'to go on' if self.signal is None else f'to end, by {signal.Signals(self.signal).name}'}>"
-
-    def __call__(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
-
-    @property
-    def status(self) -> int:
-        """The exit status: 0 also for Ctrl-C, which is how one leaves."""
-        return 0 if self.signal in {None, signal.SIGINT} else 128 + (self.signal or 0)
-
-
-@contextmanager
-def wishes() -> Iterator[Wish]:
-    """Note SIGINT, SIGTERM and SIGHUP instead of dying of them; what `nohup` has set stays."""
-    wish, before = Wish(), dict[int, Any]()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-            continue
-        before[number] = signal.signal(number, wish)
-    try:
-        yield wish
-    finally:
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
 
 
 class Play:
@@ -357,12 +293,3 @@ def _set_up(stack: ExitStack, wish: Wish, cycle: float, cycles: int, out: TextIO
     screen = LiveScreen(out) if out.isatty() else PlainScreen(out)
     stack.callback(screen.close)
     return Play(load, receiver, _safe(target) or (receiver.endpoint if receiver else ""), screen)
-
-
-def _safe(endpoint: str | None) -> str:
-    """An endpoint without the user and password that may stand in it."""
-    if endpoint is None:
-        return ""
-    scheme, mark, rest = endpoint.rpartition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
