@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -173,13 +174,18 @@ class Server:
         """Let it go on after `pause`."""
         self._psutil.resume()
 
+    @contextmanager
+    def held(self):
+        """Let it take in what it is asked and answer nobody until the end: for that long all of it is under way."""
+        self._tell("hold")
+        try:
+            yield
+        finally:
+            self._tell("release")
+
     def seen(self):
         """What it has seen since it was last started; nothing while it is stopped."""
-        if not self.running:
-            return Seen()
-        self._process.stdin.write(b"?\n")
-        self._process.stdin.flush()
-        return Seen(**self._line())
+        return self._tell("?")
 
     def established(self):
         """How many connections the system says are open with it now: for REST, and for gRPC."""
@@ -205,6 +211,13 @@ class Server:
         import psutil
 
         return psutil.Process(self._process.pid)
+
+    def _tell(self, order):
+        if not self.running:
+            return Seen()
+        self._process.stdin.write(f"{order}\n".encode())
+        self._process.stdin.flush()
+        return Seen(**self._line())
 
     def _line(self):
         readable, _, _ = select.select([self._process.stdout], [], [], SECONDS)

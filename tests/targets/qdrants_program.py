@@ -19,13 +19,15 @@ MISSING_KEY = "Must provide an API key or an Authorization bearer token"  # what
 
 
 class Seen:
-    """What this server has seen since it started."""
+    """What this server has seen since it started, and whether it answers."""
 
     def __init__(self):
         self.accepted = 0  # connections for REST
         self.peers = set()  # of gRPC
         self.begun = {"rest": 0, "grpc": 0}
         self.ended = {"rest": 0, "grpc": 0}
+        self.open = asyncio.Event()  # while it is not set, nobody is answered
+        self.open.set()
 
     def told(self):
         return {
@@ -61,6 +63,7 @@ class Counted(grpc.aio.ServerInterceptor):
             with self.seen.one("grpc"):
                 if not knows:
                     await context.abort(grpc.StatusCode.UNAUTHENTICATED, MISSING_KEY)
+                await self.seen.open.wait()
                 return await handler.unary_unary(asked, context)
 
         return handler and grpc.unary_unary_rpc_method_handler(
@@ -79,6 +82,7 @@ def counted(rest, seen, key):
                 await send({"type": "http.response.start", "status": 401, "headers": []})
                 await send({"type": "http.response.body", "body": MISSING_KEY.encode()})
             else:
+                await seen.open.wait()
                 await rest(scope, receive, send)
 
     return app
@@ -132,11 +136,14 @@ def say(what):
 
 
 async def answering(seen):
-    """Say that we serve; then answer each line with what was seen, until whoever started us is gone."""
+    """Say that we serve; then obey each line, and answer it with what was seen, until whoever started us is gone."""
+    orders = {b"hold\n": seen.open.clear, b"release\n": seen.open.set, b"?\n": seen.told}
 
     def answer():
-        if not os.read(0, 1 << 10):
+        line = os.read(0, 1 << 10)
+        if not line:
             os._exit(0)
+        orders[line]()
         say(seen.told())
 
     asyncio.get_running_loop().add_reader(0, answer)

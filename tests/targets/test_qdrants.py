@@ -136,6 +136,20 @@ def test_a_server_that_hangs(server):
         assert not thread.is_alive()
 
 
+@pytest.mark.parametrize("prefer_grpc", [True, False])
+def test_a_server_that_holds_its_answers(server, prefer_grpc):
+    """What is asked while answers are held is under way, and is answered when they are not any more."""
+    with connected(server, prefer_grpc=prefer_grpc) as client:
+        with server.held():
+            threads = in_threads(2, client.get_collections)
+            assert server.sees(**{"grpc_under_way" if prefer_grpc else "rest_under_way": 2})
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+
+    assert (server.seen().rest_under_way, server.seen().grpc_under_way) == (0, 0)
+
+
 def test_settling_ends(server, monkeypatch):
     """Waiting for a number that does not come ends with False."""
     monkeypatch.setattr(qdrants, "SETTLE_SECONDS", 0.05)
