@@ -21,7 +21,9 @@ from otel_pools._doors import INSTRUMENTORS
 from otel_pools._outbox import Histograms
 
 WARM = 20
-ONE = 100  # blocks: what a pool of ours may be made of, at least; less than that is none
+# Blocks, of 1000 pools or more: less than one for five of them is none. It is not nothing, as the statistics count
+# times in bins, and each new bin stays.
+ONE = 200
 Scenario = Callable[[str, int], Any]  # from a target and a number of pools; what it returns is kept while we look
 _numbers = itertools.count()
 

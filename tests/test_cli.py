@@ -133,7 +133,7 @@ def test_watch_says_what_it_lacks(monkeypatch, capsys, missing):
     """One line has the command that installs it."""
     monkeypatch.setattr(cli, "WATCH", (missing,))
     monkeypatch.setitem(sys.modules, missing, None)
-    hint = f"otel-pools: {missing} is not installed; try: pip install 'otel-pools[otlp]' rich\n"
+    hint = f"otel-pools: {missing} is not installed; try: pip install 'otel-pools[watch]'\n"
 
     assert cli.main(["watch"]) == 2
     assert capsys.readouterr() == ("", hint)

@@ -83,6 +83,9 @@ class Batch(NamedTuple):
         return [len(self.waits), len(self.notes), len(self.uses), len(self.creates), len(self.lives)]
 
 
+NOTHING = Batch([], [], [], [], [])
+
+
 class Outbox:
     """
     What happened under one pool name and nobody has collected yet.
@@ -139,7 +142,7 @@ class Outbox:
         self._leaked: Counter[str] = Counter()
         self.news: deque[Event] = deque(maxlen=WORDS)  # of the events, those that nobody has heard of yet
         self.period = Period()
-        self._kept = _nothing()
+        self._kept = NOTHING
         self._folding = Lock()
 
     def __repr__(self) -> str:
@@ -163,7 +166,7 @@ class Outbox:
         """Record everything that is waiting; called inside a collection, so it is part of that export."""
         with self._folding:
             self._fold(collecting=True)
-            batch, self._kept = self._kept, _nothing()
+            batch, self._kept = self._kept, NOTHING
         for histogram, samples in (
             (histograms.use, batch.uses),
             (histograms.create, batch.creates),
@@ -270,7 +273,7 @@ class Outbox:
     def _drop(self) -> None:
         """Nobody has collected for too long."""
         self._dropped += sum(self._kept.sizes())
-        self._kept = _nothing()
+        self._kept = NOTHING
 
 
 def _time(distribution: Distribution, samples: list[float], collecting: bool) -> None:
@@ -280,10 +283,6 @@ def _time(distribution: Distribution, samples: list[float], collecting: bool) ->
         distribution.add_sorted(samples)
     else:
         distribution.add(samples)
-
-
-def _nothing() -> Batch:
-    return Batch([], [], [], [], [])
 
 
 def _deliver_waits(wait: Histogram, waits: list[float], notes: list[Note], identity: Mapping[str, str | int]) -> None:

@@ -40,7 +40,8 @@ class Period:
         self._counting = Lock()  # for those who look; never taken on the request path
         self._due = 0  # the peak that the next collection tells
         self.failures: dict[str, float] = {}  # error type -> when it was last, on the clock of `_watch`; survives
-        self.restart(Tally(), 0)
+        # Not `restart`: a pool is met on a request, which takes no lock.
+        self._begin(Tally(), 0)
 
     def __repr__(self) -> str:
         return f"<Period [{perf_counter() - self._began:.0f} s, {self.wait.count} waits, peak {self._peak}]>"
@@ -48,10 +49,13 @@ class Period:
     def restart(self, tally: Tally, held: int) -> None:
         """Begin anew: *tally* is what the counters say by now, and *held* how many connections are out."""
         with self._counting:
-            self.wait, self.use, self.create = Distribution(), Distribution(), Distribution()
-            self.since, self._began = time.time(), perf_counter()
-            self._baseline, self._peak = tally, held
-            self._cut, self._busiest = (self._began, _attempts(tally)), 0.0
+            self._begin(tally, held)
+
+    def _begin(self, tally: Tally, held: int) -> None:
+        self.wait, self.use, self.create = Distribution(), Distribution(), Distribution()
+        self.since, self._began = time.time(), perf_counter()
+        self._baseline, self._peak = tally, held
+        self._cut, self._busiest = (self._began, _attempts(tally)), 0.0
 
     # -- whoever looks, for the metrics or for the statistics ------------------------
 

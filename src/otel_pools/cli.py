@@ -175,7 +175,7 @@ def _watch(chosen: argparse.Namespace) -> int:
     if sys.platform == "win32":
         return _refused("watch does not run on Windows")
     if missing := _missing(WATCH):
-        return _refused(f"{missing} is not installed; try: pip install 'otel-pools[otlp]' rich")
+        return _refused(f"{missing} is not installed; try: pip install 'otel-pools[watch]'")
     from ._live import Options, watch
 
     return watch(Options(chosen.http, chosen.grpc, chosen.html, chosen.seconds, chosen.program), sys.stdout)
