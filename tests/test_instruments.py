@@ -240,7 +240,7 @@ def test_reprs():
     meter = MeterProvider().get_meter("m")
 
     assert repr(outbox) == "<Outbox [1 samples waiting, 0 dropped]>"
-    assert repr(Instruments("t", meter)) == "<Instruments of t [no registry]>"
+    assert repr(Instruments(meter)) == "<Instruments [nothing watched]>"
     assert repr(Telemetry()) == "<Telemetry [0 metrics, 0 spans]>"
 
 

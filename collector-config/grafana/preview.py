@@ -25,6 +25,7 @@ from matplotlib import pyplot as plt  # after the choice of how to draw
 
 FOLDER = Path(__file__).parent
 SECONDS = 24.0
+ONE = "shop"  # the pool that is chosen where one must be
 COLUMNS, ROW = 3, 2.6  # panels in a row, inches
 MOST = 12  # lines that a legend has room for
 UNITS = {"s": "seconds", "percentunit": "share", "cps": "per second", "short": ""}
@@ -36,8 +37,11 @@ def draw(board: dict[str, Any], seen: Played) -> plt.Figure:
     panels = [panel for panel in board["panels"] if panel["type"] in {"stat", "timeseries"}]
     rows = -(-len(panels) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(6 * COLUMNS, ROW * rows), squeeze=False)
+    pool = (
+        ONE if any(not choice["multi"] for choice in board["templating"]["list"] if choice["name"] == "pool") else ".*"
+    )
     for ax, panel in zip(axes.flat, panels, strict=False):
-        _panel(ax, panel, seen)
+        _panel(ax, panel, seen, pool)
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     figure.suptitle(f"{board['title']}\n{LABEL}", fontsize=11)
@@ -45,13 +49,13 @@ def draw(board: dict[str, Any], seen: Played) -> plt.Figure:
     return figure
 
 
-def _panel(ax: Any, panel: dict[str, Any], seen: Played) -> None:
-    lines = [(target, line) for target in panel["targets"] for line in seen.lines(target["expr"])]
+def _panel(ax: Any, panel: dict[str, Any], seen: Played, pool: str) -> None:
+    lines = [(target, line) for target in panel["targets"] for line in seen.lines(target["expr"], pool)]
     for target, line in lines:
         times, values = zip(*((float(at) - seen.start, float(value)) for at, value in line["values"]), strict=True)
         ax.plot(times, values, label=legend(target.get("legendFormat", ""), line["metric"]))
     if not lines:
-        raise ValueError(f"no data for {panel['title']}")
+        ax.text(0.5, 0.5, f"nothing for {pool}", ha="center")
     for step in panel["fieldConfig"]["defaults"]["thresholds"]["steps"][1:]:
         if step["value"] <= ax.get_ylim()[1]:
             ax.axhline(step["value"], color=step["color"], linestyle="--", linewidth=0.8)

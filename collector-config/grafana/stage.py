@@ -158,8 +158,8 @@ class Prometheus:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def query(self, expr: str, start: float, end: float, patience: float = 10.0) -> list[dict[str, Any]]:
-        """The lines of an expression over a time, one point a second; the last seconds are for how long it may take."""
-        asked = urlencode({"query": expr, "start": start, "end": end, "step": 1})
+        """The lines of an expression over a time, a point for each scrape; how long it may take, in seconds."""
+        asked = urlencode({"query": expr, "start": start, "end": end, "step": SCRAPE})
         with ask(f"http://127.0.0.1:{self.port}/api/v1/query_range?{asked}", timeout=patience) as answer:
             found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
         return found

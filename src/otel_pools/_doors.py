@@ -158,8 +158,8 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
         registry = Registry(target, chosen, Spans(tracer, chosen.span_threshold))
         undo.callback(registry.close)
         cls._registry = registry
-        cls._instruments = instruments(target.name, meter_provider)
-        cls._instruments.registry = registry
+        cls._instruments = instruments(meter_provider)
+        cls._instruments.registries[target.name] = registry
         return registry
 
     def _uninstrument(self, **_: Any) -> None:
@@ -169,7 +169,7 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
         cls._registry = None
         with guard(f"uninstrumenting {self.library}"):
             if made is not None:
-                made.registry = None
+                made.registries.pop(cls.library, None)
             if undo is not None:
                 undo.close()
         _guard.forget()

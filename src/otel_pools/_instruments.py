@@ -29,11 +29,14 @@ Callback = Callable[[CallbackOptions], Iterable[Observation]]
 
 class Instruments:
     """
-    The instruments of one target at one meter provider; made once and kept for ever.
+    The instruments at one meter provider, of all targets; made once and kept for ever.
+
+    Not of each target its own: OpenTelemetry's Prometheus exporter gives all
+    metrics of one name the labels of the first, whatever their scope.
 
     The SDK silently drops the second callback of an instrument and can never
     remove the first, so re-instrumenting must find this object again. What
-    changes is the registry it reads: none while we are switched off.
+    changes is the registries it reads: none while we are switched off.
 
     One collection runs the callbacks in the order of creation. The first one
     takes all readings and delivers all samples; the others only pick from
@@ -41,9 +44,8 @@ class Instruments:
     pools are read once and not once per metric.
     """
 
-    def __init__(self, target: str, meter: Meter) -> None:
-        self.registry: Registry | None = None
-        self._target = target
+    def __init__(self, meter: Meter) -> None:
+        self.registries: dict[str, Registry] = {}  # by target
         self._readings: list[tuple[Identity, Reading, Collection[str]]] = []  # and what is not to be told
         self._histograms = {row.name: _histogram(meter, row) for row in METRICS if row.points is None}
         collect: Callable[[], None] = self._collect
@@ -53,21 +55,21 @@ class Instruments:
                 collect = _nothing
 
     def __repr__(self) -> str:
-        return f"<Instruments of {self._target} [{self.registry or 'no registry'}]>"
+        return f"<Instruments [{', '.join(self.registries) or 'nothing watched'}]>"
 
     def _collect(self) -> None:
         """Deliver first, so that the counters and the histograms of one export agree."""
         _guard.speak()
-        registry, self._readings = self.registry, []
-        if registry is None:
-            return
-        for ledger in list(registry.ledgers.values()):
-            with _guard.guard("delivery"):
-                self._deliver(ledger, _withheld(registry, ledger))
-        # Asked again: taking the readings may meet a pool, whose name had nothing to deliver.
-        self._readings = [
-            (ledger.identity, reading, _withheld(registry, ledger)) for ledger, reading in registry.readings()
-        ]
+        self._readings = []
+        for registry in list(self.registries.values()):
+            for ledger in list(registry.ledgers.values()):
+                with _guard.guard("delivery"):
+                    self._deliver(ledger, _withheld(registry, ledger))
+            with _guard.guard("readings"):
+                # Asked again: taking the readings may meet a pool, whose name had nothing to deliver.
+                self._readings += [
+                    (ledger.identity, reading, _withheld(registry, ledger)) for ledger, reading in registry.readings()
+                ]
 
     def _deliver(self, ledger: Ledger, withheld: Collection[str]) -> None:
         # Not left to a view that drops it: the call would cost the same.
@@ -129,14 +131,17 @@ def _nothing() -> None:
     pass
 
 
-_made: weakref.WeakKeyDictionary[MeterProvider, dict[str, Instruments]] = weakref.WeakKeyDictionary()
-_global: dict[str, Instruments] = {}
+_made: weakref.WeakKeyDictionary[MeterProvider, Instruments] = weakref.WeakKeyDictionary()
+_global: list[Instruments] = []
 
 
-def instruments(target: str, provider: MeterProvider | None) -> Instruments:
-    """The instruments of *target* at this provider (None: the global one, even before it is set)."""
-    made = _global if provider is None else _made.setdefault(provider, {})
-    if target not in made:
-        meter = get_meter(f"otel_pools.{target}", __version__, provider, words.SCHEMA_URL)
-        made[target] = Instruments(target, meter)
-    return made[target]
+def instruments(provider: MeterProvider | None) -> Instruments:
+    """The instruments at this provider (None: the global one, even before it is set)."""
+    known = _made.get(provider) if provider is not None else _global[0] if _global else None
+    if known is None:
+        known = Instruments(get_meter("otel_pools", __version__, provider, words.SCHEMA_URL))
+        if provider is None:
+            _global.append(known)
+        else:
+            _made[provider] = known
+    return known

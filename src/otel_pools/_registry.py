@@ -168,7 +168,7 @@ class Registry:
             return Reading(Snapshot(), tally)
         snapshot = reduce(add, snapshots)
         used = snapshot.used or 0
-        period.peaked(ledger.take_peak(used))
+        period.peaked(_possible(ledger.take_peak(used), snapshot))
         return Reading(
             snapshot=_with_former(ledger, snapshot),
             tally=tally,
@@ -221,6 +221,13 @@ class Registry:
 
 
 _alive: weakref.WeakSet[Registry] = weakref.WeakSet()
+
+
+def _possible(peak: int, snapshot: Snapshot) -> int:
+    """An HTTP pool gives one free connection to all who wait, and takes it back from all but one."""
+    if snapshot.origins is None or snapshot.max is None:
+        return peak
+    return min(peak, max(snapshot.max, snapshot.used or 0))
 
 
 def is_dark(watch: Watch, snapshot: Snapshot) -> bool:

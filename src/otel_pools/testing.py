@@ -77,7 +77,7 @@ class Export:
     """What one collection brought."""
 
     def __init__(self, metrics: list[Any]) -> None:
-        self.metrics: dict[str, list[Any]] = {}  # by name: each target has a scope of its own
+        self.metrics: dict[str, list[Any]] = {}  # by name
         for metric in metrics:
             self.metrics.setdefault(metric.name, []).append(metric)
 

@@ -941,9 +941,9 @@ def test_fork(play, kind):
         if child == 0:
             with os.fdopen(writing, "w") as out:
                 fresh = Telemetry()
-                _doors.RedisPoolInstrumentor._instruments.registry = None
-                instruments = _instruments.instruments("redis", fresh.meter_provider)
-                instruments.registry = _doors.RedisPoolInstrumentor._registry
+                _doors.RedisPoolInstrumentor._instruments.registries.clear()
+                instruments = _instruments.instruments(fresh.meter_provider)
+                instruments.registries["redis"] = _doors.RedisPoolInstrumentor._registry
                 before = numbers(Part(fresh.read(), stage.name))
                 client.get("nothing")
                 client.get("nothing")

@@ -545,9 +545,9 @@ def test_fork(watched, creator, disposed):
             if disposed:
                 engine.dispose(close=False)
             fresh = Telemetry()
-            _doors.SQLAlchemyPoolInstrumentor._instruments.registry = None
-            instruments = _instruments.instruments("sqlalchemy", fresh.meter_provider)
-            instruments.registry = _doors.SQLAlchemyPoolInstrumentor._registry
+            _doors.SQLAlchemyPoolInstrumentor._instruments.registries.clear()
+            instruments = _instruments.instruments(fresh.meter_provider)
+            instruments.registries["sqlalchemy"] = _doors.SQLAlchemyPoolInstrumentor._registry
             now = fresh.read()
             names = ("otel_pools.checkouts", "otel_pools.connection.created", "otel_pools.use.oldest")
             out.write(json.dumps([now.count("used"), now.count("idle"), *map(now.value, names)]))
