@@ -47,7 +47,7 @@ ONCE = (
     *("tests/test_dashboards.py", "tests/test_dashboards_live.py", "tests/test_qdrant_server.py"),
     *("tests/targets/test_qdrant_truth.py", "tests/targets/test_qdrants.py"),
 )
-SDKS = {"1.35": "0.56b0", "1.37": "0.58b0", "1.39": "0.60b0", "1.41": "0.62b0", "1.43": "0.64b0"}
+SDKS = {"1.33": "0.54b0", "1.35": "0.56b0", "1.37": "0.58b0", "1.39": "0.60b0", "1.41": "0.62b0", "1.43": "0.64b0"}
 
 
 @nox.session(python=MAIN)

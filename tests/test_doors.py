@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from opentelemetry.instrumentation.dependencies import DependencyConflictError
 from sqlalchemy.pool import Pool
 
 import otel_pools
@@ -156,10 +155,23 @@ def test_without_the_library():
     assert asked_for.stderr == ("otel_pools: sqlalchemy is not installed; try: pip install 'otel-pools[sqlalchemy]'\n")
 
 
+def test_an_old_auto_loader_hears_of_no_error(monkeypatch, caplog):
+    """Before 0.54 it would log a traceback of a library that is too old, in every process: it is not told."""
+    monkeypatch.setattr(_doors, "EXPECTED", False)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "1.3.24")
+    SQLAlchemyPoolInstrumentor().instrument(skip_dep_check=True)
+    quietly = caplog.text
+    otel_pools.instrument("sqlalchemy")
+
+    assert (quietly, SQLAlchemyPoolInstrumentor._registry) == ("", None)
+    assert "sqlalchemy goes unseen" in caplog.text
+
+
 def test_the_auto_loader_survives_us(monkeypatch):
     """Only the two errors that it expects come out of a door: the library missing, or too old."""
     monkeypatch.setattr("importlib.metadata.version", lambda _: "1.3.24")
-    with pytest.raises(DependencyConflictError):
+    monkeypatch.setattr(_doors, "EXPECTED", True)
+    with pytest.raises(_doors.DependencyConflictError):
         SQLAlchemyPoolInstrumentor().instrument(skip_dep_check=True)
     monkeypatch.undo()
     monkeypatch.setattr(_guard, "loud", False)

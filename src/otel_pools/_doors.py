@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from opentelemetry.instrumentation.dependencies import DependencyConflict, DependencyConflictError
+from opentelemetry.instrumentation.dependencies import DependencyConflict
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]  # untyped upstream
 from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import TracerProvider, get_tracer
@@ -22,10 +22,21 @@ from wrapt import when_imported
 from . import _guard
 from . import _vocabulary as words
 from ._config import Settings, settings
-from ._guard import guard, logger
+from ._guard import guard, logger, once
 from ._model import Advice, HealthReport, Holder, PoolStats
 from ._version import __version__
 from .targets import LIBRARIES, Target
+
+try:
+    from opentelemetry.instrumentation.dependencies import DependencyConflictError
+
+    EXPECTED = True  # by the auto-loader: this, and that a module is not found
+except ImportError:
+    # Before 0.54 it logs a traceback of whatever it gets.
+    class DependencyConflictError(Exception):  # type: ignore[no-redef]
+        """A library is there, and too old."""
+
+    EXPECTED = False
 
 if TYPE_CHECKING:
     from ._instruments import Instruments
@@ -92,7 +103,12 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
             # A declarative configuration file instruments first, and the auto-loader comes by again.
             logger.debug("otel_pools: %s is instrumented already", self.library)
             return
-        super().instrument(meter_provider=meter_provider, tracer_provider=tracer_provider, **options)
+        try:
+            super().instrument(meter_provider=meter_provider, tracer_provider=tracer_provider, **options)
+        except (ModuleNotFoundError, DependencyConflictError) as why:
+            if EXPECTED:
+                raise
+            logger.debug("otel_pools: %s goes unseen: %s", self.library, why)
 
     def uninstrument(self, **options: Any) -> None:
         """Take every hook off: the library's own functions, the very same objects, are back."""
@@ -237,7 +253,7 @@ def _demand(name: str) -> list[str]:
     if len(conflicts) == len(there):
         raise DependencyConflictError(next(iter(conflicts.values())))
     for conflict in conflicts.values():
-        logger.warning("otel_pools: %s goes unseen: %s", name, conflict)
+        once(f"unseen {name}", "otel_pools: %s goes unseen: %s", name, conflict)
     return [module for module in there if module not in conflicts]
 
 
@@ -285,6 +301,7 @@ def _instrument(name: str, asked_for: bool, **options: Any) -> None:
         logger.warning("otel_pools knows no target %r (there are: %s)", name, ", ".join(INSTRUMENTORS))
         return
     try:
+        _demand(name)  # the instrumentor asks too, and does not always say
         INSTRUMENTORS[name]().instrument(skip_dep_check=True, **options)
     except ModuleNotFoundError:
         _missing(name, asked_for)
