@@ -147,7 +147,7 @@ class Walk:
     @rare_step
     def look(self, number=0):
         """What everything comes down to."""
-        gc.collect(0)
+        gc.collect()  # or what is left of a replaced pool goes while we look
         now = self.telemetry.read()
         told = self.told(now)
         truth = self.truth()
