@@ -17,7 +17,7 @@ from ._leases import Lend, lend, lend_barely, lend_with_stack
 from ._model import Identity, Reading, Snapshot
 from ._period import Period
 from ._stale import stale
-from ._watch import KeyedRef, Ledger, Watch, age, clock
+from ._watch import LONG_AGO, KeyedRef, Ledger, Watch, age, clock
 
 if TYPE_CHECKING:
     from ._config import Settings
@@ -120,7 +120,7 @@ class Registry:
         for connection, is_open in self.target.members(pool):
             watch.met(connection)
             if is_open:
-                watch.opened[id(connection)] = clock()
+                watch.opened[id(connection)] = LONG_AGO
         return watch
 
     def _ledger(self, pool: Any) -> Ledger:

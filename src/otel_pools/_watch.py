@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ._registry import Registry
 
 clock = perf_counter
+# Before we came: how long such a connection has lived nobody knows.
+LONG_AGO = 0.0
 
 Refusal = Callable[[BaseException], str | None]
 
@@ -186,7 +188,7 @@ class Watch:
         self.owners = registry.owners  # shared by all pools: id of a connection -> whose it is
         self.members: dict[int, KeyedRef] = {}  # the connections we have met, held weakly
         self.creating: set[int] = set()  # ids of those being opened: open perhaps, but not idle
-        self.opened: dict[int, float] = {}  # ids of those that we have seen being opened, and not closed -> since
+        self.opened: dict[int, float] = {}  # ids of those that are open, and not seen closing -> since
         self.inherited: dict[int, KeyedRef] = {}  # those that were there when this process was forked
         self.busy: dict[int, tuple[Lease, float]] = {}  # id of a connection -> its loan, and seconds the server worked
         self.working: dict[int, float] = {}  # id of a connection for which the server works now -> since
@@ -387,7 +389,8 @@ class Watch:
         """
         since = self.opened.pop(key, None)
         if since is not None:
-            self.ledger.outbox.lives.append(clock() - since)
+            if since != LONG_AGO:
+                self.ledger.outbox.lives.append(clock() - since)
         else:
             passage = _passage.get()
             if passage is None or not passage.creating or passage.created:

@@ -323,17 +323,19 @@ def test_a_pool_from_before_counts(browse, telemetry):
 
 
 def test_a_pool_from_before_closes(browse, telemetry):
-    """A connection whose opening we have not seen is not counted when it closes."""
+    """A connection whose opening we have not seen counts when it closes; how long it has lived is not known."""
     gc.collect()
     browser = browse()
     browser.get()
     watch(telemetry)
     browser.get()
     browser.shut()
+    gc.collect()  # before httpcore 1.0.3 what the pool itself closes is told when it is gone
     now = telemetry.read()
 
     assert opens(now) == (0, 0)
-    assert now.closed() == {}
+    assert sum(now.closed().values()) == 1
+    assert now.value("http.client.connection.duration") == 0
 
 
 def test_a_shut_pool_is_silent(watched, telemetry, world, web):
