@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from threading import Lock
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +18,8 @@ from ._timings import Distribution
 
 # Enough for 2000 checkouts a second at the SDK's default of one collection a minute; about 4 MiB.
 LIMIT = 2**17
+# Seconds; nobody counts for that long.
+PATIENCE = 1.0
 # From so many samples on, to go from bin to bin takes less than to look at each.
 MANY = 1000
 
@@ -157,14 +160,17 @@ class Outbox:
     def fold(self) -> None:
         """Count everything that is waiting, and keep it for who collects."""
         if any(self._lists()) or self.closes or self.events or self.busies:
-            with self._folding:
-                self._fold()
-                if max(self._kept.sizes()) > LIMIT:
-                    self._drop()
+            with self._alone() as alone:
+                if alone:
+                    self._fold()
+                    if max(self._kept.sizes()) > LIMIT:
+                        self._drop()
 
     def deliver(self, histograms: Histograms, identity: Mapping[str, str | int]) -> None:
         """Record everything that is waiting; called inside a collection, so it is part of that export."""
-        with self._folding:
+        with self._alone() as alone:
+            if not alone:  # then it is for the next one
+                return
             self._fold(collecting=True)
             batch, self._kept = self._kept, NOTHING
         for histogram, samples in (
@@ -183,8 +189,18 @@ class Outbox:
 
     def overdue(self) -> None:
         """Count one more connection that is out for too long."""
-        with self._folding:
+        with self._alone():
             self._leaked[words.OVERDUE] += 1
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Whether nobody else counts meanwhile; a signal handler cannot wait for whom it has interrupted."""
+        alone = self._folding.acquire(timeout=PATIENCE)
+        try:
+            yield alone
+        finally:
+            if alone:
+                self._folding.release()
 
     def spill(self) -> None:
         """
@@ -202,7 +218,7 @@ class Outbox:
 
     def tally(self) -> Tally:
         """What has been counted so far; what waits in the lists is not."""
-        with self._folding:
+        with self._alone():
             return self._tally()
 
     def _tally(self) -> Tally:
@@ -226,14 +242,14 @@ class Outbox:
 
     def account(self) -> tuple[Tally, Timing, Timing, Timing]:
         """What happened in this period, and how long waits, uses and creations took in it; all of one moment."""
-        with self._folding:
+        with self._alone():
             period = self.period
             waits, uses, creates = period.wait.timing(), period.use.timing(), period.create.timing()
             return period.tally(self._tally()), waits, uses, creates
 
     def restart(self, held: int) -> None:
         """Let a new period begin; *held* is how many connections are out."""
-        with self._folding:
+        with self._alone():
             self._fold()
             self.period.restart(self._tally(), held)
 

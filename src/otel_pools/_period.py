@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from threading import Lock
+from threading import RLock
 from time import perf_counter
 
 from ._model import Tally
@@ -37,7 +37,7 @@ class Period:
     )
 
     def __init__(self) -> None:
-        self._counting = Lock()  # for those who look; never taken on the request path
+        self._counting = RLock()  # for those who look, a signal handler too; never taken on the request path
         self._due = 0  # the peak that the next collection tells
         self.failures: dict[str, float] = {}  # error type -> when it was last, on the clock of `_watch`; survives
         # Not `restart`: a pool is met on a request, which takes no lock.
