@@ -5,19 +5,22 @@ from __future__ import annotations
 import ast
 import asyncio
 import importlib.metadata
+import importlib.util
 import os
 import re
 import runpy
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,27 +33,34 @@ for needed in ("aiosqlite", "fastapi", "opentelemetry.distro", "opentelemetry.ex
     pytest.importorskip(needed)
 httpx = pytest.importorskip("httpx")
 metrics_service = pytest.importorskip("opentelemetry.proto.collector.metrics.v1.metrics_service_pb2")
+trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+
+from otel_pools._receiver import Point, Receiver  # noqa: E402  # needs what was looked for above
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "fastapi_app.py"
-PATIENCE = 30.0  # seconds: for what takes one on an idle machine
+EXAMPLES = ROOT / "examples"
+EXAMPLE = EXAMPLES / "fastapi_app.py"
+PATIENCE = 60.0  # seconds: for what takes one on an idle machine
 
 Points = Mapping[str, list[tuple[dict[str, str], Any]]]
 
 
-def docstring() -> str:
-    """What the example says about itself."""
-    return ast.get_docstring(ast.parse(EXAMPLE.read_text("utf-8"))) or ""
+def docstring(example: Path = EXAMPLE) -> str:
+    """What the example says about itself; a file that is no program says it in comments."""
+    text = example.read_text("utf-8")
+    if example.suffix == ".py":
+        return ast.get_docstring(ast.parse(text)) or ""
+    return "\n".join(line[1:] for line in text.splitlines() if line.startswith("#"))
 
 
-def documented_environment() -> dict[str, str]:
+def documented_environment(example: Path = EXAMPLE) -> dict[str, str]:
     """The variables that the docstring tells the reader to export (those of its commands, not of its prose)."""
-    return dict(re.findall(r"^ +export (\w+)=(\S+)$", docstring(), re.MULTILINE))
+    return dict(re.findall(r"^ +export (\w+)=(\S+)$", docstring(example), re.MULTILINE))
 
 
-def documented_command() -> list[str]:
+def documented_command(example: Path = EXAMPLE, begins: str = "opentelemetry-instrument") -> list[str]:
     """The command that the docstring tells the reader to run."""
-    (line,) = re.findall(r"^ +(opentelemetry-instrument .+)$", docstring(), re.MULTILINE)
+    (line,) = re.findall(rf"^ +({begins} .+)$", docstring(example), re.MULTILINE)
     return shlex.split(line)
 
 
@@ -69,11 +79,12 @@ def points_of(export: Any) -> Points:
 
 
 class Backend(ThreadingHTTPServer):
-    """Takes OTLP in over HTTP and keeps every export of metrics."""
+    """Takes OTLP in over HTTP and keeps every export of metrics, and every span by its name."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.exports: list[Points] = []
+        self.spans: dict[str, Any] = {}
         self.arrived = threading.Condition()
 
     @property
@@ -102,6 +113,10 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/v1/metrics":
             self.server.take(points_of(metrics_service.ExportMetricsServiceRequest.FromString(body)))
+        if self.path == "/v1/traces":
+            export = trace_service.ExportTraceServiceRequest.FromString(body)
+            scopes = [scope for resource in export.resource_spans for scope in resource.scope_spans]
+            self.server.spans.update({span.name: span for scope in scopes for span in scope.spans})
         self.send_response(200)
         self.send_header("Content-Type", "application/x-protobuf")
         self.send_header("Content-Length", "0")
@@ -267,16 +282,311 @@ def test_code_says_nothing_about_us() -> None:
     assert not re.search("otel|opentelemetry", ast.unparse(code), re.IGNORECASE)
 
 
-def test_install_line_names_real_extras() -> None:
+def test_install_lines_name_real_extras() -> None:
     """The extras in the documented `pip install` exist."""
-    (extras,) = re.findall(r"otel-pools\[(.+?)\]", docstring())
+    said = "".join(map(docstring, (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml"))))
+    extras = {extra for found in re.findall(r"otel-pools\[(.+?)\]", said) for extra in found.split(",")}
 
-    assert set(extras.split(",")) <= set(importlib.metadata.metadata("otel-pools").get_all("Provides-Extra") or ())
+    assert {"sqlalchemy", "redis", "httpx", "qdrant", "otlp"} <= extras
+    assert extras <= set(importlib.metadata.metadata("otel-pools").get_all("Provides-Extra") or ())
 
 
 def test_readme_lists_every_example() -> None:
     """Each example has its paragraph in the README."""
-    readme = (ROOT / "examples" / "README.md").read_text("utf-8")
+    readme = (EXAMPLES / "README.md").read_text("utf-8")
 
-    names = [path.name for path in EXAMPLE.parent.glob("*.py")]
+    names = [path.name for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml"))]
     assert [name for name in names if f"**[{name}]({name})**" not in readme] == []
+    assert "**[incidents/](incidents/README.md)**" in readme
+
+
+# -- the examples with servers: real ones, and all processes of an example ------------
+
+
+@dataclass
+class Fleet:
+    """What the processes of an example have told our receiver."""
+
+    receiver: Receiver
+
+    def points(self, metric: str, pool: str) -> list[Point]:
+        """The newest of each series."""
+        known = [series.now for series in self.receiver.series()]
+        return [point for point in known if point.name == metric and pool in point.attributes.values()]
+
+    def count(self, metric: str, pool: str) -> dict[str, int]:
+        """The sum, or for a histogram the count, by process."""
+        counted: Counter[str] = Counter()
+        for point in self.points(metric, pool):
+            counted[point.source] += getattr(point.value, "count", point.value)
+        return dict(counted)
+
+    def checkouts(self, pool: str) -> list[int]:
+        """How many each process has had, the idlest first; those that have had none left out."""
+        return sorted(count for count in self.count("otel_pools.checkouts", pool).values() if count)
+
+    def services(self) -> set[str]:
+        return {series.now.service for series in self.receiver.series()}
+
+
+def comes(condition: Callable[[], Any], what: Callable[[], object]) -> Any:
+    """Wait until it is true; return what it is."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"never came; there is: {what()}"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture
+def fleet() -> Iterator[Fleet]:
+    with Receiver() as receiver:
+        yield Fleet(receiver)
+
+
+@pytest.fixture
+def elsewhere(fleet: Fleet, postgres: Any, valkey: Any, tmp_path: Path) -> dict[str, str]:
+    """The environment of a reader who has the same servers at other addresses."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")}
+    return {
+        **inherited,
+        "DATABASE_URL": postgres.url("psycopg"),
+        "HOME": str(tmp_path),  # where gunicorn puts a socket
+        "NO_PROXY": "127.0.0.1",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": fleet.receiver.endpoint,
+        # The official one, which says of SQLAlchemy 2.1, as an error, that it does nothing there.
+        "OTEL_PYTHON_DISABLED_INSTRUMENTATIONS": "sqlalchemy",
+        "PATH": os.pathsep.join((sysconfig.get_path("scripts"), inherited.get("PATH", os.defpath))),
+        "PYTHONUNBUFFERED": "1",
+        "REDIS_URL": f"redis://127.0.0.1:{valkey.port}/9",
+    }
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def ran(command: list[str], environment: dict[str, str]) -> str:
+    """Run it to its end, which must be a good one; return what it printed."""
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+@dataclass
+class Service:
+    """An example that serves until it is told to end, with all its processes."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def says(self, words: str) -> None:
+        """Wait for words in its log."""
+        comes(lambda: words in self.said or self.process.poll() is not None, lambda: self.said)
+        assert words in self.said, self.said
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text("utf-8")
+
+    def ends(self) -> int:
+        """Tell it to; in time, and all of it, without a word of complaint."""
+        self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(PATIENCE)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(self.process.pid, 0)
+        # Celery's SecurityWarning is for who runs the tests as root.
+        bad = r"^.*(?:Traceback|ERROR|CRITICAL|Exception|(?<!Security)Warning:|inherited).*"
+        assert not re.findall(bad, self.said, re.MULTILINE)
+        return status
+
+
+@contextmanager
+def serving(command: list[str], environment: dict[str, str], folder: Path) -> Iterator[Service]:
+    log = folder / "log.txt"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield Service(process, log)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def at_port(command: list[str], port: int) -> list[str]:
+    """The documented command, at a port that is free."""
+    moved = [word.replace("8000", str(port)) for word in command]
+    assert moved != command
+    return moved
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+
+
+@on_posix
+def test_every_library_of_one_request(fleet: Fleet, postgres: Any, elsewhere: dict[str, str], tmp_path: Path) -> None:
+    """Of one request after the other, each of the four pools tells its part by its name, and its connection."""
+    qdrants = pytest.importorskip("qdrants")
+    if not (qdrants.available() and importlib.util.find_spec("asyncpg")):
+        pytest.skip("the vector server or asyncpg is not installed")
+    example, port = EXAMPLES / "fastapi_everything.py", free_port()
+
+    with qdrants.Server() as vectors:
+        addresses = {
+            "DATABASE_URL": postgres.url("asyncpg"),
+            "PRICES_URL": f"http://127.0.0.1:{port}",
+            "QDRANT_URL": vectors.url,
+            "QDRANT_GRPC_PORT": str(vectors.grpc_port),
+        }
+        environment = {
+            **documented_environment(example),
+            **elsewhere,
+            **addresses,
+            "OTEL_METRIC_EXPORT_INTERVAL": "300",
+        }
+        with serving(at_port(documented_command(example), port), environment, tmp_path) as service:
+            service.says("Uvicorn running on")
+            for _ in range(3):
+                url = f"http://127.0.0.1:{port}/offer/7"
+                answer = httpx.get(url, trust_env=False, timeout=PATIENCE).raise_for_status().json()
+            assert {**answer, "seen": 0} == {"sold": 70, "seen": 0, "price": 10.5, "alike": [7]}
+
+            # The vectors were looked for, made and filled at the beginning.
+            asked = {"orders": 3, "cache": 3, "prices": 3, "vectors": 6}
+            comes(
+                lambda: {pool: sum(fleet.checkouts(pool)) for pool in asked} == asked,
+                lambda: {pool: fleet.checkouts(pool) for pool in asked},
+            )
+            for pool, metric in {**dict.fromkeys(asked, "db.client.connection.count"), "prices": OPEN_HTTP}.items():
+                assert sum(fleet.count(metric, pool).values()) == 1, pool
+            assert service.ends() in (0, -signal.SIGTERM)
+    # Nobody else had a pool: nothing was asked before the pools had their names.
+    assert {name for one in fleet.receiver.series() if (name := pool_of(one.now))} == set(asked)
+    assert "otel_pools:" not in service.said
+
+
+OPEN_HTTP = "http.client.open_connections"
+
+
+def pool_of(point: Point) -> Any:
+    return point.attributes.get("otel_pools.pool.name") or point.attributes.get("db.client.connection.pool.name")
+
+
+@forks
+@pytest.mark.parametrize("begins", ["opentelemetry-instrument", "gunicorn"], ids=["", "preload"])
+def test_every_worker_of_gunicorn(fleet: Fleet, elsewhere: dict[str, str], tmp_path: Path, begins: str) -> None:
+    """Each worker tells its own pools, has connections of its own, and ends with a last export."""
+    for needed in ("flask", "gunicorn"):
+        pytest.importorskip(needed)
+    example, port = EXAMPLES / "flask_prefork.py", free_port()
+    environment = {**documented_environment(example), **elsewhere, "OTEL_METRIC_EXPORT_INTERVAL": "300"}
+    answers: list[dict[str, Any]] = []
+
+    def ask(_: int = 0) -> dict[str, Any]:
+        answer = httpx.get(f"http://127.0.0.1:{port}/orders", trust_env=False, timeout=PATIENCE)
+        return dict(answer.raise_for_status().json())
+
+    def both_answered() -> bool:
+        with ThreadPoolExecutor(4) as readers:
+            answers.extend(readers.map(ask, range(8)))
+        return len({answer["process"] for answer in answers}) == 2
+
+    with serving(at_port(documented_command(example, begins), port), environment, tmp_path) as service:
+        service.says("Booting worker")
+        comes(both_answered, lambda: answers)
+        served = Counter(answer["process"] for answer in answers)
+        # Without preload each worker has begun with a question of its own; with it, the parent has, and is silent.
+        asked = sorted(count + (begins != "gunicorn") for count in served.values())
+        expected = {"orders": asked, "cache": asked}
+        comes(lambda: {pool: fleet.checkouts(pool) for pool in expected} == expected, fleet.receiver.series)
+        answers.append(ask())  # which only the last export may tell
+        assert service.ends() == 0
+
+    assert sum(fleet.checkouts("orders")) == sum(asked) + 1
+    assert sum(fleet.count("otel_pools.connection.inherited", "orders").values()) == 0
+    # A connection is one process's, on the server's side too.
+    whose = {(answer["connection"], answer["process"]) for answer in answers}
+    assert len(whose) == len({connection for connection, _ in whose})
+    assert "otel_pools:" not in service.said
+
+
+@forks
+def test_children_of_celery_tell_their_tasks(fleet: Fleet, elsewhere: dict[str, str], tmp_path: Path) -> None:
+    """Each child tells the checkouts of its tasks, and of the results it has stored, by its last export alone."""
+    pytest.importorskip("celery")
+    example = EXAMPLES / "celery_tasks.py"
+    environment = {**documented_environment(example), **elsewhere, "OTEL_METRIC_EXPORT_INTERVAL": "60000"}
+
+    # There is no other worker whom it would have to wait for.
+    command = [*documented_command(example, "celery"), "--without-mingle", "--without-gossip"]
+    with serving(command, environment, tmp_path) as service:
+        service.says(" ready.")
+        printed = ran(documented_command(example, "python"), environment)
+        assert fleet.checkouts("orders") == []
+        service.ends()
+
+    tasks = {int(process): int(count) for process, count in re.findall(r"process (\d+): (\d+) tasks", printed)}
+    assert sum(tasks.values()) == 20
+    assert fleet.checkouts("orders") == sorted(tasks.values())
+    assert sum(fleet.count("otel_pools.connection.inherited", "orders").values()) == 0
+    results = fleet.count("otel_pools.checkouts", elsewhere["REDIS_URL"].removeprefix("redis://"))
+    assert fleet.count("otel_pools.checkouts", "orders").keys() <= results.keys()
+    assert sum(results.values()) >= 20
+
+
+def test_a_script_tells_all_at_its_end(fleet: Fleet, elsewhere: dict[str, str]) -> None:
+    """Started under `opentelemetry-instrument` or by Python alone it prints the same; all of it is exported."""
+    example = EXAMPLES / "plain_script.py"
+    environment = {**documented_environment(example), **elsewhere}
+    command = documented_command(example)
+
+    with ThreadPoolExecutor(2) as readers:
+        printed = list(readers.map(ran, (command, command[1:]), (environment, environment)))
+
+    expected = "jobs: 40 checkouts, at most 4 of 4 connections in use at once"
+    assert [text.splitlines()[0] for text in printed] == [expected, expected]
+    assert fleet.checkouts("jobs") == [40]
+    assert list(fleet.count("db.client.connection.wait_time", "jobs").values()) == [40]
+    assert fleet.services() == {"plain-script"}
+
+
+def test_a_file_configures_all(fleet: Fleet, elsewhere: dict[str, str]) -> None:
+    """With the declarative file the same script is seen as the file says, and can be told from its like."""
+    pytest.importorskip("opentelemetry.configuration")
+    example = EXAMPLES / "declarative.yaml"
+
+    ran(documented_command(example), {**documented_environment(example), **elsewhere, "OTEL_SERVICE_NAME": ""})
+
+    assert fleet.checkouts("jobs") == [40]
+    assert fleet.services() == {"declarative"}
+    assert fleet.points("db.client.connection.wait_time", "jobs")
+    assert fleet.points("db.client.connection.create_time", "jobs") == []
+    # A `service.instance.id`, and not the digest that stands for one.
+    assert {len(series.now.source) for series in fleet.receiver.series()} == {36}
+
+
+def test_providers_of_ones_own(backend: Backend, elsewhere: dict[str, str]) -> None:
+    """Metrics and spans arrive by the providers made in code; the failed wait is in its trace, and tells the holder."""
+    example = EXAMPLES / "manual_sdk.py"
+    environment = {**documented_environment(example), **elsewhere, "OTEL_EXPORTER_OTLP_ENDPOINT": backend.url}
+
+    assert ran(documented_command(example, "python"), environment) == "no connection in time\n"
+
+    last = backend.exports[-1]
+    stock = {"otel_pools.pool.name": "stock"}
+    assert total(last, "otel_pools.checkouts", stock) == 2
+    assert total(last, "otel_pools.checkouts", {**stock, "error.type": "timeout"}) == 1
+    wait, holder = backend.spans["acquire stock"], backend.spans["inventory"]
+    assert wait.parent_span_id == backend.spans["restock"].span_id
+    assert [link.span_id for link in wait.links] == [holder.span_id]
+    (event,) = [event for event in wait.events if event.name == "otel_pools.holder"]
+    place = {pair.key: pair.value.string_value for pair in event.attributes}
+    assert place["code.file.path"].endswith("manual_sdk.py")
+    assert "take_inventory" in place["code.function.name"]

@@ -493,6 +493,9 @@ def _processes(environ: Environ) -> Found:
         yield NOTE, what, "opentelemetry-sdk 1.45 or later gives each a service.instance.id"
     do = "dispose(close=False) SQLAlchemy engines in each worker, and open other clients there"
     yield NOTE, f"{forks[0]} forks: connections that are open before go to all workers, and break", do
+    if {"gunicorn", "celery"} & {*forks}:
+        do = "begin in the child there (opentelemetry.instrumentation.auto_instrumentation.initialize)"
+        yield NOTE, "with --preload, and in Celery, a child forked during an export exports nothing", do
     if "uwsgi" in forks:
         yield NOTE, "uWSGI runs no thread of Python without --enable-threads, and so exports nothing", None
 
