@@ -40,11 +40,14 @@ QUIET = (
     if "check_compatibility" in inspect.signature(qdrant_remote.QdrantRemote.__init__).parameters
     else {}
 )
+# To read the authorities that everybody trusts takes longer than most tests.
+PLAIN = {"verify": False}
 # From 1.16 on a client has many.
 CHANNELS = getattr(qdrant_remote.QdrantRemote, "DEFAULT_GRPC_POOL_SIZE", 1)
 CLASSES = (qdrant_remote.QdrantRemote, async_qdrant_remote.AsyncQdrantRemote)
 LIMITS = httpx.Limits(max_connections=2, max_keepalive_connections=2)
 needs_books = pytest.mark.skipif(not _channelz.OPEN, reason="the books of this version of gRPC are closed to us")
+QUEUE = {"db.client.connection.pending_requests", "otel_pools.stream.count"}
 STATES = ["idle", "connecting", "ready", "transient_failure", "shutdown"]
 
 
@@ -85,7 +88,7 @@ class World:
         at = {"host": HOST, "port": self.server.port, "grpc_port": self.server.grpc_port}
         if options.keys() & {"host", "url"}:
             del at["host"]
-        return self.kind(**{**at, "prefer_grpc": True, "timeout": 60, **QUIET, **options})
+        return self.kind(**{**at, "prefer_grpc": True, "timeout": 60, **PLAIN, **QUIET, **options})
 
     def client(self, **options):
         self.opened.append(self.made(**options))
@@ -513,13 +516,11 @@ def test_what_nobody_can_see_is_not_told(world, watched, telemetry):
 
     assert set(telemetry.read().metrics) == {
         "db.client.connection.count",
-        "db.client.connection.pending_requests",
         "otel_pools.checkouts",
-        "otel_pools.stream.count",
         "otel_pools.grpc.channels",
         "otel_pools.pools",
         "otel_pools.samples.dropped",
-    }
+    } | (QUEUE if _channelz.QUEUES else set())
 
 
 @needs_books
@@ -790,6 +791,26 @@ def test_books_are_open_from_a_version_on(monkeypatch, version, is_open):
     monkeypatch.setattr(grpc, "__version__", version)
 
     assert anew().OPEN is is_open
+
+
+@pytest.mark.parametrize(("version", "tells"), [("1.82.0", False), ("1.83.0", True), ("2.0.0", True)])
+def test_books_tell_queues_from_a_version_on(monkeypatch, version, tells):
+    """Before gRPC 1.83 a call that waits for a stream is in its books as one that has it."""
+    monkeypatch.setattr(grpc, "__version__", version)
+
+    assert anew().QUEUES is tells
+
+
+@needs_books
+def test_books_without_queues(world, watched, telemetry, monkeypatch):
+    """Where the books do not tell who waits for a stream, neither those nor the others are told, and all else is."""
+    monkeypatch.setattr(_channelz, "QUEUES", False)
+    world.ask(world.client(), 2)
+    now = telemetry.read()
+
+    assert now.metrics.keys() & QUEUE == set()
+    assert (now.count("used"), now.count("idle"), now.value("otel_pools.checkouts")) == (0, 1, 2)
+    assert sum(channels(now).values()) == CHANNELS
 
 
 def test_without_the_compiled_module(monkeypatch):

@@ -15,11 +15,14 @@ try:
     from grpc import __version__ as version  # type: ignore[import-untyped,unused-ignore]  # no types either
     from grpc._cython import cygrpc  # type: ignore[import-untyped,unused-ignore]  # private, and without types
 except ImportError:
-    cygrpc = None
+    cygrpc, version = None, "0.0"
 
+VERSION = tuple(int(part) for part in version.split(".")[:2])
 # Up to 1.49 gRPC dies, and the process with it, if a channel goes while its books are read (seen on 1.42, 1.48, 1.49).
 OLDEST = (1, 50)
-OPEN = hasattr(cygrpc, "channelz_get_top_channels") and tuple(int(part) for part in version.split(".")[:2]) >= OLDEST
+OPEN = hasattr(cygrpc, "channelz_get_top_channels") and VERSION >= OLDEST
+# Up to 1.82 a call that waits for a stream is written down as one that has it (seen on 1.50 to 1.82, not from 1.83 on).
+QUEUES = OPEN and VERSION >= (1, 83)
 
 # A channel takes about 0.3 ms to look up, in which no other thread runs: of more than these nothing is said.
 MOST = 32
@@ -152,7 +155,12 @@ def _channel(id: int, entry: dict[str, Any]) -> Channel:
 
 
 def streams(subchannels: Iterable[int]) -> list[int]:
-    """How many streams are in use on each open connection of these; one of an ended call may still be among them."""
+    """
+    How many streams are in use on each open connection of these.
+
+    One of an ended call may still be among them, and unless the books tell
+    `QUEUES`, so are calls that wait for one.
+    """
     found = (_entry(cygrpc.channelz_get_subchannel, id, "subchannel") or {} for id in set(subchannels))
     sockets = {int(ref["socketId"]) for subchannel in found for ref in subchannel.get("socketRef", ())}
     entries = (_entry(cygrpc.channelz_get_socket, id, "socket") for id in sockets)

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .. import _vocabulary as words
@@ -132,7 +133,8 @@ def read(pool: Server, watch: Watch) -> Snapshot:
     """
     From gRPC's own books: calls that are under way and have no stream stand in line, of which only gRPC knows.
 
-    Without the books there are the states of the channels alone.
+    Books of old write down both alike, so that neither number is told, and
+    without any there are the states of the channels alone.
     """
     found = _look_up(pool, watch)
     if found is None:
@@ -142,16 +144,16 @@ def read(pool: Server, watch: Watch) -> Snapshot:
     # A call of asyncio that has failed has its stream for as long as somebody keeps its error.
     in_use = min(sum(streams), running)
     busy = min(sum(map(bool, streams)), in_use)
-    waiting = running - in_use
-    return Snapshot(
+    seen = Snapshot(
         used=busy,
         idle=len(streams) - busy,
-        pending=waiting,
-        streams=in_use,
-        # Without a connection it is that what they wait for.
-        streams_pending=waiting if streams else 0,
         channels=_by_state(channel.state for channel in found),
     )
+    if not _channelz.QUEUES:
+        return seen
+    waiting = running - in_use
+    # Without a connection it is that what they wait for.
+    return replace(seen, pending=waiting, streams=in_use, streams_pending=waiting if streams else 0)
 
 
 def _look_up(pool: Server, watch: Watch) -> list[_channelz.Channel] | None:
