@@ -17,6 +17,7 @@ from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type:
 from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import TracerProvider, get_tracer
 from packaging.requirements import Requirement
+from packaging.version import InvalidVersion
 from wrapt import when_imported
 
 from . import _guard
@@ -267,11 +268,11 @@ def _conflict(requirement: str) -> DependencyConflict | None:
         found = importlib.metadata.version(wanted.name)
     except importlib.metadata.PackageNotFoundError:
         return None  # vendored: its table will tell what fits
-    return (
-        None
-        if wanted.specifier.contains(found, prereleases=True)
-        else DependencyConflict(requirement, f"{wanted.name} {found}")
-    )
+    try:
+        fits = wanted.specifier.contains(found, prereleases=True)
+    except InvalidVersion:
+        fits = True  # as that of a fork; the table will tell
+    return None if fits else DependencyConflict(requirement, f"{wanted.name} {found}")
 
 
 def instrument(

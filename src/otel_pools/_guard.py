@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from traceback import walk_tb
 
@@ -17,30 +17,35 @@ logger = logging.getLogger("otel_pools")
 loud = False
 
 _said: set[str] = set()
-_later: deque[tuple[str, Exception]] = deque(maxlen=100)
+_later: deque[str] = deque(maxlen=100)
 
 
 def once(kind: str, message: str, *args: object, level: int = logging.WARNING) -> None:
     """Log *message* the first time something of this *kind* happens."""
     if kind not in _said:
         _said.add(kind)
-        logger.log(level, message, *args)
+        # A handler is the application's, and so is what it raises, but here nobody has asked for it.
+        with suppress(Exception):
+            logger.log(level, message, *args)
 
 
 def lost(kind: str, error: Exception) -> None:
     """Say that *error* of ours cost a measurement; the application is fine."""
     if loud:
         raise error
-    where = f"{kind}: {type(error).__qualname__}"
-    # Not its message: a driver's may quote a URL.
-    once(where, "otel_pools lost a measurement (%s%s); your application is not affected", where, _place(error))
+    _say(_what(kind, error))
 
 
-def _place(error: Exception) -> str:
-    """The line of ours that it came through last."""
+def _say(what: str) -> None:
+    kind = what.partition(" at ")[0]
+    once(kind, "otel_pools lost a measurement (%s); your application is not affected", what)
+
+
+def _what(kind: str, error: Exception) -> str:
+    """Its class, and the line of ours that it came through last; not its message: a driver's may quote a URL."""
     passed = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
     ours = [f" at {Path(file).name}:{line}" for file, line in passed if file.startswith(OURS)]
-    return "".join(ours[-1:])
+    return "".join([f"{kind}: {type(error).__qualname__}", *ours[-1:]])
 
 
 def lost_quietly(kind: str, error: Exception) -> None:
@@ -52,13 +57,14 @@ def lost_quietly(kind: str, error: Exception) -> None:
     """
     if loud:
         raise error
-    _later.append((kind, error))
+    # Not the error itself, whose traceback would keep alive what the application has let go.
+    _later.append(_what(kind, error))
 
 
 def speak() -> None:
     """Log what `lost_quietly` was told."""
     while _later:
-        lost(*_later.popleft())
+        _say(_later.popleft())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from . import _vocabulary as words
 from ._guard import guard, lost_quietly
 from ._leases import NEVER
 from ._outbox import LIMIT
-from ._watch import Refusal, clock, current_passage, detour
+from ._watch import Refusal, Watch, clock, current_passage, detour
 
 if TYPE_CHECKING:
     from ._registry import Registry
@@ -361,7 +361,7 @@ def _checkin(original: Callable[..., Any], registry: Registry) -> Callable[..., 
     return checkin
 
 
-def _async_checkin(  # noqa: C901  # as above
+def _async_checkin(  # as above
     original: Callable[..., Any], registry: Registry, out: Callable[[Any, Any], bool]
 ) -> Callable[..., Any]:
     watches, find = registry.watches, registry.find
@@ -391,12 +391,10 @@ def _async_checkin(  # noqa: C901  # as above
             except Exception as mistake:
                 lost_quietly("a checkin", mistake)
             raise
-        if (has := watch.holding.pop(lease[1], None)) != id(connection):
-            watch.has_back(lease[1], id(connection), has)
-        seconds = end - lease[0]
-        watch.uses.append(seconds)
-        if seconds > watch.patience:
-            watch.late(lease, seconds)
+        try:
+            watch.used(id(connection), lease, end)
+        except Exception as mistake:
+            lost_quietly("a checkin", mistake)
         return result
 
     return checkin
@@ -431,36 +429,45 @@ def create(where: str, *, pool: Pick, opened: Callable[[Any], bool]) -> Hook:
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
         def connect(record: Any, *args: Any, **kwargs: Any) -> Any:
-            watch = None
+            ended = None
             with guard("a creation"):
                 watch = registry.find(pool(record))
-            if watch is None:
+                ended = None if watch is None else _creating(watch, record, opened)
+            if ended is None:
                 return original(record, *args, **kwargs)
-            start, passage = clock(), detour(words.NEW)
-            passage.creating = True
-            watch.met(record)
-            watch.creating.add(id(record))
-            watch.inherited.pop(id(record), None)
             try:
                 result = original(record, *args, **kwargs)
             except BaseException as error:
-                passage.failed = error
-                with guard("a failed creation"):
-                    # Whatever is left of it is not idle: it never was in the pool.
-                    watch.members.pop(id(record), None)
-                    # Opened, and closed again (or not even that) when a listener of the user's failed.
-                    if passage.created or opened(record):
-                        watch.created(start)
+                ended(error)
                 raise
-            finally:
-                passage.creating = passage.created = False
-                watch.creating.discard(id(record))
-            watch.created(start)
+            ended(None)
             return result
 
         return connect
 
     return Hook("create", where, compile)
+
+
+def _creating(watch: Watch, record: Any, opened: Callable[[Any], bool]) -> Callable[[BaseException | None], None]:
+    start, passage = clock(), detour(words.NEW)
+    watch.met(record)
+    watch.creating.add(id(record))
+    watch.inherited.pop(id(record), None)
+    passage.creating = True
+
+    def ended(error: BaseException | None) -> None:
+        with guard("the end of a creation"):
+            created, passage.creating, passage.created = passage.created, False, False
+            watch.creating.discard(id(record))
+            if error is not None:
+                passage.failed = error
+                # Whatever is left of it is not idle: it never was in the pool.
+                watch.members.pop(id(record), None)
+            # Opened, and closed again (or not even that) when a listener of the user's failed.
+            if error is None or created or opened(record):
+                watch.created(start)
+
+    return ended
 
 
 def close(where: str, *, reason: Callable[[], str]) -> Hook:

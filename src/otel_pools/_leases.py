@@ -12,7 +12,6 @@ from asyncio import current_task
 from collections.abc import Callable, Iterator
 from contextvars import Context, copy_context
 from pathlib import Path
-from threading import get_ident
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -64,21 +63,34 @@ def _threads() -> dict[int, threading.Thread]:
     return getattr(threading, "_active", {})
 
 
-class _Here(threading.local):
+def _here_now() -> Any:
     """The thread that runs this; what it is called is asked once, and without making it known to `threading`."""
 
-    def __init__(self) -> None:
-        ident = get_ident()
-        self.who: tuple[int, str | None] = ident, getattr(_threads().get(ident), "name", None)
+    class Here(threading.local):
+        def __init__(self) -> None:
+            ident = threading.get_ident()
+            self.who: tuple[int, str | None] = ident, getattr(_threads().get(ident), "name", None)
+
+    return Here()
 
 
-_here = _Here()
+_here = _here_now()
+
+
+def settle() -> bool:
+    """Whether gevent or eventlet has put something else in the place of threads since, which is noticed here."""
+    global _here  # noqa: PLW0603  # every checkout looks it up
+    if isinstance(_here, threading.local):
+        return False
+    _here = _here_now()
+    return True
 
 
 def who() -> tuple[int, str | None]:
     """The asyncio task or thread that runs this, and its name."""
     if (loop := running_loop()) is None or (task := current_task(loop)) is None:
-        return _here.who
+        me: tuple[int, str | None] = _here.who
+        return me
     return -id(task), task.get_name()
 
 

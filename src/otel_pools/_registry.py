@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _leaks
 from ._guard import guard, lost_quietly, once
-from ._leases import Lend, lend, lend_barely, lend_with_stack
+from ._leases import Lend, lend, lend_barely, lend_with_stack, settle
 from ._model import Identity, Reading, Snapshot
 from ._period import Period
 from ._stale import stale
@@ -111,6 +111,7 @@ class Registry:
             self.resting[id(pool)] = watch
 
     def _meet(self, pool: Any) -> Watch:
+        settle()
         key, pool = self.target.anchor(pool)
         ref = KeyedRef(pool, self._gone, key)
         watch = Watch(ref, self._ledger(pool), self)
@@ -124,11 +125,19 @@ class Registry:
         return watch
 
     def _ledger(self, pool: Any) -> Ledger:
-        identity = self.settings.rename(self.target.identify(pool))
+        identity = self.settings.rename(self._identify(pool))
         if identity not in self.ledgers and len(self.ledgers) >= NAMES:
             once("names", "otel_pools: more than %d pool names; pools of more are all called %r", NAMES, OTHERS)
             identity = Identity(identity.library, identity.system, OTHERS)
         return self.ledgers.setdefault(identity, Ledger(identity))
+
+    def _identify(self, pool: Any) -> Identity:
+        """Who it is; that it is there can be told even if the library does not tell more."""
+        try:
+            return self.target.identify(pool)
+        except Exception as error:
+            lost_quietly(f"the name of a {type(pool).__qualname__}", error)
+            return Identity(self.target.name)
 
     def _gone(self, ref: KeyedRef) -> None:
         for table in (self.watches, self.resting, self.sighted, self._from_parent):
@@ -140,8 +149,9 @@ class Registry:
         """Every pool alive, those just sighted included."""
         for ref in list(self.sighted.values()):
             pool = ref()
-            if pool is not None and self.target.complete(pool):
-                self.meet(pool)
+            with guard("a pool that was sighted"):
+                if pool is not None and self.target.complete(pool):
+                    self.meet(pool)
         return [*self.watches.values(), *self.resting.values()]
 
     def readings(self) -> Iterator[tuple[Ledger, Reading]]:

@@ -46,11 +46,18 @@ class Visit:
         return f"<Visit of {self.watch.ledger.identity.name}, {'served' if self.since else 'waiting'}, {self.path}>"
 
     def __del__(self) -> None:
-        if self.connection is not None:
-            lease = self.watch.leases.pop(id(self), None)
-            if lease is not None:
-                self.watch.collected(lease)
-        self.waits_no_more()
+        try:
+            if self.connection is not None:
+                lease = self.watch.leases.pop(id(self), None)
+                if lease is not None:
+                    self.watch.collected(lease)
+            self.waits_no_more()
+        except Exception as mistake:
+            lost_quietly("a request that is gone", mistake)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a request has made no visit; and what it was copied with need not know us."""
+        return type(None), ()
 
     @property
     def has_left(self) -> bool:
@@ -216,10 +223,8 @@ def _handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed
         watch = find(id(pool)) or meet(pool, request)
         if watch is None:
             return original(pool, request)
-        try:
-            request._otel_pools_visit = arrived = Visit(watch)
-        except Exception as mistake:
-            lost_quietly("a request", mistake)
+        arrived = _arrives(watch, request)
+        if arrived is None:
             return original(pool, request)
         try:
             response = original(pool, request)
@@ -230,7 +235,7 @@ def _handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed
             waits = watch.waits
             waits.append(0.0)
             if len(waits) > LIMIT:
-                watch.ledger.outbox.spill()
+                _spill(watch)
         else:
             _answered(arrived)
         return response
@@ -243,10 +248,8 @@ def _async_handle(original: Callable[..., Any], find: Find, meet: Meet, failed: 
         watch = find(id(pool)) or meet(pool, request)
         if watch is None:
             return await original(pool, request)
-        try:
-            request._otel_pools_visit = arrived = Visit(watch)
-        except Exception as mistake:
-            lost_quietly("a request", mistake)
+        arrived = _arrives(watch, request)
+        if arrived is None:
             return await original(pool, request)
         try:
             response = await original(pool, request)
@@ -257,12 +260,27 @@ def _async_handle(original: Callable[..., Any], find: Find, meet: Meet, failed: 
             waits = watch.waits
             waits.append(0.0)
             if len(waits) > LIMIT:
-                watch.ledger.outbox.spill()
+                _spill(watch)
         else:
             _answered(arrived)
         return response
 
     return handle
+
+
+def _arrives(watch: Watch, request: Any) -> Visit | None:
+    # Not where it is called: a request that then fails would fail while a mistake of ours is handled.
+    try:
+        request._otel_pools_visit = arrived = Visit(watch)
+    except Exception as mistake:
+        lost_quietly("a request", mistake)
+        return None
+    return arrived
+
+
+def _spill(watch: Watch) -> None:
+    with guard("samples that nobody collects"):
+        watch.ledger.outbox.spill()
 
 
 def _answered(arrived: Visit) -> None:
@@ -296,15 +314,24 @@ def wait(where: str, *, ended: Pick) -> Hook:
 
 def _line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
     def line_up(place: Any, *args: Any, **kwargs: Any) -> Any:
-        arrived = getattr(getattr(place, "request", None), KEY, None)
-        if arrived is None or arrived.since or getattr(place, "connection", None) is None:
+        arrived = None
+        try:
+            arrived = getattr(getattr(place, "request", None), KEY, None)
+            at_once = arrived is not None and not arrived.since and getattr(place, "connection", None) is not None
+        except Exception as mistake:
+            at_once = False
+            lost_quietly("a request", mistake)
+        if arrived is None or not at_once:
             return stand_in_line(arrived, place, *args, **kwargs)
         arrived.connection = connection = original(place, *args, **kwargs)
-        watch = arrived.watch
-        leases, arrived.since = watch.leases, clock()
-        leases[id(arrived)] = watch.lend(arrived.since)
-        if len(leases) > watch.ledger.peak:
-            watch.ledger.peak = len(leases)
+        try:
+            watch = arrived.watch
+            leases, arrived.since = watch.leases, clock()
+            leases[id(arrived)] = watch.lend(arrived.since)
+            if len(leases) > watch.ledger.peak:
+                watch.ledger.peak = len(leases)
+        except Exception as mistake:
+            lost_quietly("a connection", mistake)
         return connection
 
     def stand_in_line(arrived: Visit | None, place: Any, *args: Any, **kwargs: Any) -> Any:
@@ -325,15 +352,24 @@ def _line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
 
 def _async_line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
     async def line_up(place: Any, *args: Any, **kwargs: Any) -> Any:
-        arrived = getattr(getattr(place, "request", None), KEY, None)
-        if arrived is None or arrived.since or getattr(place, "connection", None) is None:
+        arrived = None
+        try:
+            arrived = getattr(getattr(place, "request", None), KEY, None)
+            at_once = arrived is not None and not arrived.since and getattr(place, "connection", None) is not None
+        except Exception as mistake:
+            at_once = False
+            lost_quietly("a request", mistake)
+        if arrived is None or not at_once:
             return await stand_in_line(arrived, place, *args, **kwargs)
         arrived.connection = connection = await original(place, *args, **kwargs)
-        watch = arrived.watch
-        leases, arrived.since = watch.leases, clock()
-        leases[id(arrived)] = watch.lend(arrived.since)
-        if len(leases) > watch.ledger.peak:
-            watch.ledger.peak = len(leases)
+        try:
+            watch = arrived.watch
+            leases, arrived.since = watch.leases, clock()
+            leases[id(arrived)] = watch.lend(arrived.since)
+            if len(leases) > watch.ledger.peak:
+                watch.ledger.peak = len(leases)
+        except Exception as mistake:
+            lost_quietly("a connection", mistake)
         return connection
 
     async def stand_in_line(arrived: Visit | None, place: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,8 +12,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from . import _vocabulary as words
-from ._guard import guard, lost
-from ._leases import Lease, who
+from ._guard import guard, lost, lost_quietly
+from ._leases import Lease, settle, who
 from ._model import Identity, Load, Origin, Snapshot
 from ._outbox import LIMIT, Event, Note, Outbox
 
@@ -266,6 +266,8 @@ class Watch:
 
     def nests(self, owner: int, key: int | None) -> None:
         """Who holds one has asked for another, and got that of this *key* or none; if all do so, nobody gets one."""
+        if settle():
+            return  # who seemed to be one are several
         held = self.holding.get(owner, 0)
         keys = set(held) if isinstance(held, set) else {held}
         other = self.lend(clock()) if key is None else self.leases.get(key)
@@ -355,6 +357,12 @@ class Watch:
         self.owners[id(connection)] = self
 
     def _gone(self, ref: KeyedRef) -> None:
+        try:
+            self._forget(ref)
+        except Exception as mistake:
+            lost_quietly("a connection that is gone", mistake)
+
+    def _forget(self, ref: KeyedRef) -> None:
         lease = self.leases.pop(ref.key, None)
         if lease is not None:
             self._has_left(ref.key, lease)

@@ -13,6 +13,7 @@ from .. import _vocabulary as words
 from .._guard import once
 from .._hooks import after, before
 from .._model import Identity, Snapshot
+from .._outbox import PATIENCE
 from .._registry import renamed
 from .._watch import KeyedRef
 from . import Target, _channelz, existing, given_names, httpx
@@ -158,12 +159,17 @@ def read(pool: Server, watch: Watch) -> Snapshot:
 
 def _look_up(pool: Server, watch: Watch) -> list[_channelz.Channel] | None:
     """The pool's channels, whose calls are counted by the way; None if gRPC keeps no books."""
-    with _books.lock:
+    # A signal handler cannot wait for the reading that it has interrupted.
+    if not _books.lock.acquire(timeout=PATIENCE):
+        return None
+    try:
         page = _books.page(pool.target)
         if page is None:
             return None
         found = list(_channelz.channels(page))
         well, ill = page.ended(found)
+    finally:
+        _books.lock.release()
     # Not inside the lock: who counts may hold the other one, and wait for this one in a finaliser.
     watch.ledger.outbox.counted(None, well)
     if ill:
