@@ -164,6 +164,7 @@ elif how == "sigterm handled":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
     happens_in_a_collection(lambda: killed(signal.SIGTERM))
 elif how == "sigint":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a shell runs in the background
     happens_in_a_collection(lambda: killed(signal.SIGINT))
 elif how == "os._exit":
     happens_in_a_collection(lambda: os._exit(5))

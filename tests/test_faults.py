@@ -341,6 +341,7 @@ def broken(code, error):
         yield
     finally:
         function.__code__ = original
+        _watch._passage.set(None)  # if what closes a story has failed, it is open for ever
 
 
 # The walls, and what is one with a method of a library: nothing of ours stands around them, or within but a wall.

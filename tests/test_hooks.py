@@ -49,7 +49,7 @@ def test_a_failed_creation_keeps_the_hosts_error(registry, caplog):
     with pytest.raises(LookupError, match="theirs"):
         twin(record)
 
-    assert "a failed creation: AttributeError" in caplog.text
+    assert "the end of a creation: AttributeError" in caplog.text
 
 
 def test_a_replacement_goes_through(registry, caplog):
