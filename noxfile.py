@@ -42,7 +42,8 @@ OPENTELEMETRY = [f"tests/test_{room}.py" for room in ("instruments", "merge", "m
 
 # What does not depend on the Python: whole programs, real Prometheus, documents.
 ONCE = (
-    *("tests/incidents", "tests/bench/test_instructions.py", "tests/test_demo.py", "tests/test_supabase_example.py"),
+    *("tests/incidents", "tests/bench/test_instructions.py", "tests/test_demo.py"),
+    *("tests/test_examples.py", "tests/test_supabase_example.py"),
     *("tests/test_rules.py", "tests/test_pipeline.py", "tests/test_collector_config.py", "tests/test_sizing.py"),
     *("tests/test_dashboards.py", "tests/test_dashboards_live.py", "tests/test_qdrant_server.py"),
     *("tests/targets/test_qdrant_truth.py", "tests/targets/test_qdrants.py"),
