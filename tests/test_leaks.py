@@ -367,10 +367,14 @@ def test_what_an_asyncio_application_drops_is_collected(patient):
 
     async def main():
         engine = create_async_engine("sqlite+aiosqlite://", poolclass=AsyncAdaptedQueuePool)
+        before = set(threading.enumerate())
         held = await engine.connect()
+        workers = set(threading.enumerate()) - before
         del held
         gc.collect()
         await engine.dispose()
+        for worker in workers:  # aiosqlite's, which has something to tell the loop to the last
+            await asyncio.to_thread(worker.join, 10)
 
     with leaking():
         asyncio.run(main())

@@ -74,6 +74,8 @@ def guard(kind: str) -> Iterator[None]:
         yield
     except Exception as error:
         lost(kind, error)
+        # On Python 3.12 it goes round in a circle with its frames, and what these hold would wait for the collector.
+        error.__traceback__ = None
 
 
 def forget() -> None:
