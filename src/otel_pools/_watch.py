@@ -334,7 +334,8 @@ class Watch:
 
     def _has_left(self, key: int, lease: Lease) -> None:
         """As who gives back does it."""
-        if (held := self.holding.pop(lease[1], None)) != key:
+        # Of an HTTP pool nobody is known to hold.
+        if (held := self.holding.pop(lease[1], None)) is not None and held != key:
             self.has_back(lease[1], key, held)
 
     def late(self, lease: Lease, seconds: float) -> None:
