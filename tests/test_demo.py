@@ -373,7 +373,7 @@ def test_ours_stays_switched_on():
 )
 def test_secrets_of_an_endpoint_are_not_shown(endpoint, shown):
     """User, password and query string stay out of the screen."""
-    assert _run._safe(endpoint) == shown
+    assert _run.safe(endpoint) == shown
 
 
 # -- small things ---------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_handlers_are_given_back():
 
 def test_load_and_play_say_how_they_are(monkeypatch):
     """The reprs name the process and its phase, and whether anything was heard; a URL is in none of them."""
-    monkeypatch.setattr(_run, "_instrumented", list)
+    monkeypatch.setattr(_run, "instrumented", list)
     monkeypatch.setattr(_run._load, "__file__", "/dev/null")  # an empty program
     with Receiver() as receiver, Load({"URL": "postgresql://u:secret@h/d"}, os.environ, 1.0, 1) as load:
         load._process.wait(ENOUGH)

@@ -218,12 +218,17 @@ class Child:
         if not self.running:
             return
         self._stopped = True
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        end(self._process)
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Let what has a session of its own finish, and after 10 s kill it and whatever it has started."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _read(pipe: IO[bytes], on_line: Callable[[str], None]) -> None:

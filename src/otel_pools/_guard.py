@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from traceback import walk_tb
 
-OURS = str(Path(__file__).parent)
+# Whatever is in this folder is ours.
+OURS = f"{Path(__file__).parent}{os.sep}"
 
 logger = logging.getLogger("otel_pools")
 

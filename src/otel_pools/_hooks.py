@@ -361,7 +361,7 @@ def _checkin(original: Callable[..., Any], registry: Registry) -> Callable[..., 
     return checkin
 
 
-def _async_checkin(  # as above
+def _async_checkin(
     original: Callable[..., Any], registry: Registry, out: Callable[[Any, Any], bool]
 ) -> Callable[..., Any]:
     watches, find = registry.watches, registry.find

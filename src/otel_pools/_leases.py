@@ -11,9 +11,10 @@ from asyncio import _get_running_loop as running_loop
 from asyncio import current_task
 from collections.abc import Callable, Iterator
 from contextvars import Context, copy_context
-from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
+
+from ._guard import OURS
 
 # What a `Loan` has, in its order.
 Lease = tuple[Any, ...]
@@ -127,12 +128,16 @@ def lend_with_stack(since: float) -> Lease:
 
 def _below(frame: FrameType | None) -> Iterator[tuple[CodeType, int]]:
     """Every frame from here on, those behind a greenlet too."""
-    seen_greenlet = False
+    for top in (frame, _beyond()):
+        for each in outwards(top):
+            yield each.f_code, each.f_lasti
+
+
+def outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame, and all that called it."""
     while frame is not None:
-        yield frame.f_code, frame.f_lasti
+        yield frame
         frame = frame.f_back
-        if frame is None and not seen_greenlet:
-            seen_greenlet, frame = True, _beyond()
 
 
 def _further(frame: FrameType | None, via: CodeType | None) -> tuple[CodeType | None, int, CodeType | None]:
@@ -178,8 +183,7 @@ BETWEEN = (
     *("sqlalchemy", "sqlmodel", "flask_sqlalchemy", "redis", "valkey", "django_redis", "kombu"),
     *("httpx", "httpx2", "httpcore", "httpcore2", "qdrant_client", "greenlet", "wrapt", "opentelemetry", "otel_pools"),
 )
-_OURS = f"{Path(__file__).parent}{os.sep}"
-_DEMO = f"{_OURS}demo{os.sep}"  # which is an application
+_DEMO = f"{OURS}demo{os.sep}"  # which is an application
 _STDLIB = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
 _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 # What somebody has typed in has no file; nor has what a dataclass or namedtuple has made.
@@ -208,7 +212,7 @@ def _classify(filename: str) -> str:
     if filename.startswith("<"):  # generated, by a library more often than not
         typed = filename in TYPED and (filename != _MADE or sys.argv[:1] == ["-c"])
         return APPLICATION if typed else PLUMBING
-    return PLUMBING if filename.startswith((_OURS, *_STDLIB)) else APPLICATION
+    return PLUMBING if filename.startswith((OURS, *_STDLIB)) else APPLICATION
 
 
 # -- in words ------------------------------------------------------------------------
@@ -222,7 +226,7 @@ def site(lease: Lease) -> str | None:
 
 def stack(loan: Loan) -> tuple[str, ...]:
     """Everything that stood below, the innermost first, in the same words."""
-    return tuple(_place(code, at) for code, at in loan.stack if not code.co_filename.startswith(_OURS))
+    return tuple(_place(code, at) for code, at in loan.stack if not code.co_filename.startswith(OURS))
 
 
 def _place(code: CodeType, at: int) -> str:
@@ -244,10 +248,8 @@ def doing(loan: Loan) -> Iterator[FrameType]:
     """The frames that its holder is in now; only asked for what somebody looks at, as it has to be searched."""
     if loan.owner > 0:
         thread = _threads().get(loan.owner)
-        frame = None if getattr(thread, "name", None) != loan.name else sys._current_frames().get(loan.owner)
-        while frame is not None:
-            yield frame
-            frame = frame.f_back
+        if getattr(thread, "name", None) == loan.name:
+            yield from outwards(sys._current_frames().get(loan.owner))
         return
     coroutine = next((task.get_coro() for task in _tasks() if -id(task) == loan.owner), None)
     while coroutine is not None:

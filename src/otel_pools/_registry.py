@@ -177,10 +177,10 @@ class Registry:
         if not watches:  # none is left: only what has happened remains to be told
             return Reading(Snapshot(), tally)
         snapshot = reduce(add, snapshots)
-        used = snapshot.used or 0
+        used, origins = snapshot.used or 0, ledger.with_former(snapshot.origins)
         period.peaked(_possible(ledger.take_peak(used), snapshot))
         return Reading(
-            snapshot=_with_former(ledger, snapshot),
+            snapshot=snapshot if origins is None else replace(snapshot, origins=origins),
             tally=tally,
             overdue=overdue,
             pools=sum(not watch.closed_down for watch in watches),
@@ -245,12 +245,6 @@ def is_dark(watch: Watch, snapshot: Snapshot) -> bool:
     if snapshot.used is not None or snapshot.channels is not None:
         return False
     return not watch.closed_down and watch.pool() is not None
-
-
-def _with_former(ledger: Ledger, snapshot: Snapshot) -> Snapshot:
-    if snapshot.origins is None:
-        return snapshot
-    return replace(snapshot, origins=ledger.with_former(snapshot.origins))
 
 
 def alive() -> list[Registry]:

@@ -279,8 +279,10 @@ def _arrives(watch: Watch, request: Any) -> Visit | None:
 
 
 def _spill(watch: Watch) -> None:
-    with guard("samples that nobody collects"):
+    try:
         watch.ledger.outbox.spill()
+    except Exception as mistake:
+        lost_quietly("samples that nobody collects", mistake)
 
 
 def _answered(arrived: Visit) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,9 +14,20 @@ from contextlib import ExitStack, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from .._child import DEFAULTS, ENDPOINT, HTTP, PROTOCOL, PROTOCOLS, Wish, elsewhere, unproxied, wishes
-from .._child import instrumented as _instrumented
-from .._child import safe as _safe
+from .._child import (
+    DEFAULTS,
+    ENDPOINT,
+    HTTP,
+    PROTOCOL,
+    PROTOCOLS,
+    Wish,
+    elsewhere,
+    end,
+    instrumented,
+    safe,
+    unproxied,
+    wishes,
+)
 from .._receiver import Receiver
 from .._screen import LiveScreen, PlainScreen, PoolRow, Status, rows
 from . import _load
@@ -32,7 +42,6 @@ if TYPE_CHECKING:
 DATABASE = "shop"  # which also names its pool
 SERVICE = "otel-pools-demo"
 PATIENCE = 20.0  # seconds until the first metric must have come; it takes two
-STOP_SECONDS = 10.0
 TICK = 0.05
 TAIL_LINES = 15
 
@@ -112,7 +121,7 @@ class Load:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed in __exit__
         # By its path: as a module of ours it would import us, and loading us is the command's business.
         self._process = subprocess.Popen(
-            [*_instrumented(), sys.executable, _load.__file__, f"--cycle={cycle:g}", f"--cycles={cycles}"],
+            [*instrumented(), sys.executable, _load.__file__, f"--cycle={cycle:g}", f"--cycles={cycles}"],
             env={**environ, **places},
             stdin=subprocess.PIPE,  # its end tells the load that we are gone, however we went
             stdout=subprocess.PIPE,
@@ -149,12 +158,7 @@ class Load:
         """Let it finish and deliver its last metrics; after 10 s, kill it and whatever it has started."""
         if self._process.poll() is not None:
             return
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        end(self._process)
 
     def last_words(self) -> str:
         """The end of what it wrote to standard error."""
@@ -292,4 +296,4 @@ def _set_up(stack: ExitStack, wish: Wish, cycle: float, cycles: int, out: TextIO
     load = stack.enter_context(Load(places, environ, cycle, cycles))
     screen = LiveScreen(out) if out.isatty() else PlainScreen(out)
     stack.callback(screen.close)
-    return Play(load, receiver, _safe(target) or (receiver.endpoint if receiver else ""), screen)
+    return Play(load, receiver, safe(target) or (receiver.endpoint if receiver else ""), screen)

@@ -170,12 +170,15 @@ def _look_up(pool: Server, watch: Watch) -> list[_channelz.Channel] | None:
         well, ill = page.ended(found)
     finally:
         _books.lock.release()
-    # Not inside the lock: who counts may hold the other one, and wait for this one in a finaliser.
+    _count(watch, well, ill)
+    return found
+
+
+def _count(watch: Watch, well: int, ill: int) -> None:
+    """Calls that have ended; of those that did not end well gRPC does not keep why."""
     watch.ledger.outbox.counted(None, well)
     if ill:
-        # Of those that did not end well gRPC does not keep why.
         watch.ledger.outbox.counted(words.OTHER, ill)
-    return found
 
 
 def _by_state(states: Iterable[str]) -> dict[str, int]:
@@ -231,25 +234,25 @@ def closes(registry: Registry, remote: Any) -> None:
     watch = registry.find(pool) if complete(pool) else None
     if watch is not None and _books.lock.acquire(blocking=False):
         try:
-            for error, more in _last_words(pool):
-                watch.ledger.outbox.counted(error, more)
+            if (ended := _last_words(pool)) is not None:
+                _count(watch, *ended)
         finally:
             _books.lock.release()
     pool.leave(id(remote))
 
 
-def _last_words(pool: Server) -> Iterable[tuple[str | None, int]]:
+def _last_words(pool: Server) -> tuple[int, int] | None:
     """What has ended by now, and with the pool's last client what is cut off; another's is told when it is gone."""
     page = _books.page(pool.target)
     if page is None:
-        return ()
+        return None
     found = list(_channelz.channels(page))
     well, ill = page.ended(found)
     if len(pool.clients) == 1:
         ill += sum(channel.running for channel in found)
     else:
         page.cut.update((channel.id, channel.running) for channel in found)
-    return ((None, well), (words.OTHER, ill)) if ill else ((None, well),)
+    return well, ill
 
 
 def discover(registry: Registry) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import takewhile
 from operator import attrgetter
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from sqlalchemy.pool.base import _ConnectionRecord
 from .. import _vocabulary as words
 from .._guard import guard, lost_quietly
 from .._hooks import Hook, Undo, acquire, after, close, create, nothing, queue, release, replace
+from .._leases import outwards
 from .._model import Identity, Snapshot
 from .._watch import clock
 from . import Target, descriptor, existing
@@ -264,12 +266,13 @@ def why_closed() -> str:
     SQLAlchemy itself are looked at: asking one of the user's for its locals
     would keep alive whatever they held, for as long as it runs.
     """
-    frame: FrameType | None = sys._getframe(2)
-    frames: list[FrameType] = []
-    while frame is not None and str(frame.f_globals.get("__name__")).startswith("sqlalchemy."):
-        frames.append(frame)
-        frame = frame.f_back
+    frames = _callers(sys._getframe(2))
     return _reason([frame.f_code.co_name for frame in frames], frames)
+
+
+def _callers(frame: FrameType) -> list[FrameType]:
+    """Of this frame and those that called it, SQLAlchemy's own, up to the first that is not."""
+    return list(takewhile(lambda one: str(one.f_globals.get("__name__")).startswith("sqlalchemy."), outwards(frame)))
 
 
 def _reason(callers: list[str], frames: list[FrameType]) -> str:  # noqa: PLR0911  # a table, in the form of a match
@@ -357,12 +360,7 @@ class _Detached:
 
 def _is_finalised() -> bool:
     """Whether it is the finaliser that detaches: what asyncio connections are lent for cannot be undone there."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and str(frame.f_globals.get("__name__")).startswith("sqlalchemy."):
-        if frame.f_code.co_name == "_finalize_fairy":
-            return True
-        frame = frame.f_back
-    return False
+    return any(frame.f_code.co_name == "_finalize_fairy" for frame in _callers(sys._getframe(2)))
 
 
 def idle_sockets(_: Pool, watch: Watch) -> Iterable[int]:
