@@ -23,6 +23,13 @@ def loud(monkeypatch):
     otel_pools.uninstrument()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _thaw():
+    """What was put aside in a file comes back after it."""
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def telemetry():
     """A collector's view, not watching anything yet."""

@@ -67,15 +67,6 @@ def world(request):
     loop.close()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _light():
-    """We collect garbage all the time: leave out what is there already."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def ground():
     with webs.Ground() as ground:

@@ -37,15 +37,6 @@ async_only = pytest.mark.parametrize("flavour", ASYNC, indirect=True, ids=flavou
 sync_only = pytest.mark.parametrize("flavour", SYNC, indirect=True, ids=flavour_id)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _light():
-    """We collect garbage all the time: leave out what is there already."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def ground():
     with webs.Ground() as ground:

@@ -51,15 +51,6 @@ QUEUE = {"db.client.connection.pending_requests", "otel_pools.stream.count"}
 STATES = ["idle", "connecting", "ready", "transient_failure", "shutdown"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _light():
-    """We collect garbage all the time: leave out what is there already."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def server():
     with Server() as server:

@@ -54,15 +54,6 @@ sync_only = pytest.mark.parametrize("kind", KINDS[:1], ids=["sync"])
 asyncio_only = pytest.mark.parametrize("kind", KINDS[1:], ids=["asyncio"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _light():
-    """We collect garbage all the time: leave out what is there already."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(scope="module")
 def server():
     with Server(streams=STREAMS) as server:

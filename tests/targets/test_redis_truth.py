@@ -91,17 +91,9 @@ def cluster():
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def frozen():
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
-def watched(telemetry, frozen):
+def watched(telemetry):
     """All pools, with the collector's view of them."""
-    gc.collect()
-    gc.freeze()  # what other tests left behind need not be walked at every collection here
     otel_pools.instrument("redis", meter_provider=telemetry.meter_provider, tracer_provider=telemetry.tracer_provider)
     return telemetry
 
