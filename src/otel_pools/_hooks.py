@@ -462,7 +462,7 @@ def _creating(watch: Watch, record: Any, opened: Callable[[Any], bool]) -> Calla
             if error is not None:
                 passage.failed = error
                 # Whatever is left of it is not idle: it never was in the pool.
-                watch.members.pop(id(record), None)
+                watch.unmeet(record)
             # Opened, and closed again (or not even that) when a listener of the user's failed.
             if error is None or created or opened(record):
                 watch.created(start)

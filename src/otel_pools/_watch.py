@@ -357,6 +357,11 @@ class Watch:
         self.members[id(connection)] = KeyedRef(connection, self._gone)
         self.owners[id(connection)] = self
 
+    def unmeet(self, connection: Any) -> None:
+        """Know it no more, though it lives: nobody would note when it goes."""
+        self.members.pop(id(connection), None)
+        self.owners.pop(id(connection), None)
+
     def _gone(self, ref: KeyedRef) -> None:
         try:
             self._forget(ref)

@@ -68,7 +68,12 @@ class Kind:
         return self.library == "redis" and since <= self.version < until
 
     def client(self, pool, **options):
-        return self.package.Redis(connection_pool=pool, **options)
+        return self.client_class(connection_pool=pool, **options)
+
+    @property
+    def client_class(self):
+        """By the library's name; by the other's too, as an asyncio client, in valkey-py from 6.1 on alone."""
+        return getattr(self.package, self.library.title())
 
     def retries(self, number):
         """So many retries, at once, of a command or a connection."""

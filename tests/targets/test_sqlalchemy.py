@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -284,6 +285,17 @@ def test_an_engine_never_used_is_seen(watched, creator):
 
 
 # -- other kinds of pool ------------------------------------------------------------
+
+
+def test_connections_that_could_not_be_opened_are_not_known(watched, creator):
+    """Of those that failed nothing is kept: an outage may last for days."""
+    creator.fail = True
+    pools = [QueuePool(creator) for _ in range(5)]
+    for pool in pools:
+        with pytest.raises(sqlite3.OperationalError):
+            pool.connect()
+
+    assert _doors.SQLAlchemyPoolInstrumentor._registry.owners == {}
 
 
 def test_unlimited_overflow_has_no_maximum(watched, creator):
