@@ -463,6 +463,8 @@ def _creating(watch: Watch, record: Any, opened: Callable[[Any], bool]) -> Calla
                 passage.failed = error
                 # Whatever is left of it is not idle: it never was in the pool.
                 watch.unmeet(record)
+            else:
+                watch.opened[id(record)] = clock()
             # Opened, and closed again (or not even that) when a listener of the user's failed.
             if error is None or created or opened(record):
                 watch.created(start)
@@ -470,21 +472,31 @@ def _creating(watch: Watch, record: Any, opened: Callable[[Any], bool]) -> Calla
     return ended
 
 
-def close(where: str, *, reason: Callable[[], str]) -> Hook:
-    """A call on a pool that closes one connection for good; *reason* says why (it may look at its callers)."""
+def close(where: str, *, reason: Callable[[], str], connection: Pick) -> Hook:
+    """
+    A call on a pool with what one connection speaks through, which it closes for good.
+
+    Args:
+        where: The method.
+        reason: Why it does; it may look at its callers.
+        connection: From a record that we know to what it speaks through.
+    """
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
-        def discard(pool: Any, *args: Any, **kwargs: Any) -> Any:
+        def discard(pool: Any, closing: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 watch = registry.find(pool)
                 if watch is not None:
                     watch.closed(reason())
+                    for record in watch.connections():
+                        if connection(record) is closing:
+                            watch.opened.pop(id(record), None)
                     passage = current_passage()
                     if passage is not None and passage.creating:
                         passage.created = True
             except Exception as mistake:
                 lost_quietly("a close", mistake)
-            return original(pool, *args, **kwargs)
+            return original(pool, closing, *args, **kwargs)
 
         return discard
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import sqlite3
@@ -296,6 +297,43 @@ def test_connections_that_could_not_be_opened_are_not_known(watched, creator):
             pool.connect()
 
     assert _doors.SQLAlchemyPoolInstrumentor._registry.owners == {}
+
+
+def test_connections_that_go_with_their_pool_are_closed(watched, telemetry, creator):
+    """What comes back to a pool that was replaced goes with it, closed by its driver alone; it is counted as closed."""
+    engine = engine_of(creator)
+    held = [engine.connect(), engine.connect()]
+    engine.dispose()
+    for connection in held:
+        connection.close()
+    before = telemetry.read().closed()
+    del held, connection
+    gc.collect()
+
+    assert (before, telemetry.read().closed()) == ({}, {"closed": 2})
+
+
+@pytest.mark.parametrize("end", ["detach", "invalidate", "soft", "dispose", "overflow"])
+def test_what_was_closed_is_not_closed_again_when_it_goes(watched, telemetry, creator, end):
+    """Whatever becomes of a connection, it is closed once."""
+    pool = QueuePool(creator, pool_size=1)
+    kept, fairy = pool.connect(), pool.connect()
+    if end == "detach":
+        fairy.detach()
+    elif end != "overflow":
+        kept.close()
+    if end in {"invalidate", "soft"}:
+        fairy.invalidate(soft=end == "soft")
+        fairy = pool.connect() if end == "soft" else fairy
+    fairy.close()
+    pool.dispose()
+    if end in {"detach", "overflow"}:
+        kept.close()
+    del pool, kept, fairy
+    gc.collect()
+    now = telemetry.read()
+
+    assert sum(now.closed().values()) == now.value("otel_pools.connection.created") == creator.made
 
 
 def test_unlimited_overflow_has_no_maximum(watched, creator):

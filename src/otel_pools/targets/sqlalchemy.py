@@ -352,6 +352,7 @@ class _Detached:
             if watch is not None:
                 lease = watch.leases.get(id(record))
                 watch.ended(record)
+                watch.opened.pop(id(record), None)  # its connection goes on without it
                 if lease is not None and _is_finalised():
                     watch.collected(lease)
         except Exception as mistake:
@@ -453,7 +454,11 @@ TARGET = Target(
                 pool=_pool_of_record,
                 opened=lambda record: record.dbapi_connection is not None,
             ),
-            close("sqlalchemy.pool.base:Pool._close_connection", reason=why_closed),
+            close(
+                "sqlalchemy.pool.base:Pool._close_connection",
+                reason=why_closed,
+                connection=attrgetter("dbapi_connection"),
+            ),
             _Detached(),
             *(_Work(f"sqlalchemy.engine.default:DefaultDialect.{name}") for name in EXECUTES),
             replace("sqlalchemy.engine.base:Engine.dispose", pool=attrgetter("pool")),
