@@ -23,7 +23,7 @@ from .._guard import guard, lost_quietly
 from .._hooks import Hook, Undo, acquire, after, close, create, nothing, queue, release, replace
 from .._leases import outwards
 from .._model import Identity, Snapshot
-from .._watch import clock
+from .._watch import LONG_AGO, clock
 from . import Target, descriptor, existing
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def members(pool: Pool) -> Iterable[tuple[Any, bool]]:
     queued = getattr(line, "queue", None) or getattr(_loop_queue(line), "_queue", None) or ()
     single = vars(pool).get("connection") or getattr(pool, "_conn", None)
     return [
-        (record, False)
+        (record, record.dbapi_connection is not None)
         for record in (*list(queued), *list(getattr(pool, "_all_conns", ())), single)
         if isinstance(record, _ConnectionRecord)
     ]
@@ -239,6 +239,7 @@ def discover(registry: Registry) -> None:
             watch = registry.find(_pool_of_record(record))
             if watch is not None:
                 watch.met(record)
+                watch.opened[id(record)] = LONG_AGO
 
 
 # -- what happens to it ------------------------------------------------------------
