@@ -107,15 +107,15 @@ def test_nobody_looks_unless_asked(postgres, telemetry):
 
 
 def test_what_has_something_to_read_is_not_gone():
-    """A server that says something unasked is alive; one that has hung up is not, and a closed socket is nobody's."""
+    """A server that says something unasked is alive; one that has hung up is not, nor is that of a closed socket."""
     here, there = socket.socketpair()
     there.send(b"notice")
-    alive = stale([here.fileno(), -1])
+    alive = stale([here.fileno(), None])
     there.close()
     gone = stale([here.fileno()])
     here.close()
 
-    assert (alive, gone) == (0, 1)
+    assert (alive, gone, stale([here.fileno(), None])) == (0, 1, 1)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no poll")

@@ -121,7 +121,7 @@ class Registry:
         for connection, is_open in self.target.members(pool):
             watch.met(connection)
             if is_open:
-                watch.opened[id(connection)] = LONG_AGO
+                watch.opened.setdefault(id(connection), LONG_AGO)
         return watch
 
     def _ledger(self, pool: Any) -> Ledger:
@@ -194,10 +194,10 @@ class Registry:
 
     def _look(self, watch: Watch) -> Snapshot:
         """What a pool says of itself, and its idle sockets, if the user wants to know."""
-        snapshot, pool = watch.snapshot(), watch.pool()
-        if self.settings.poll_idle and pool is not None:
+        snapshot, pool, sockets = watch.snapshot(), watch.pool(), self.target.idle_sockets
+        if self.settings.poll_idle and sockets is not None and pool is not None:
             with guard("a look at idle sockets"):
-                return replace(snapshot, stale=stale(self.target.idle_sockets(pool, watch)))
+                return replace(snapshot, stale=stale(sockets(pool, watch)))
         return snapshot
 
     # -- when things change ----------------------------------------------------

@@ -504,7 +504,7 @@ class _Call:
 
 def _hang_up(connection: Any) -> None:
     """Wake the thread that waits for this connection: on a copy of its socket, as the driver's own is in its hands."""
-    with suppress(Exception), socket.socket(fileno=os.dup(descriptor(connection))) as line:
+    with suppress(Exception), socket.socket(fileno=os.dup(descriptor(connection) or -1)) as line:
         line.shutdown(socket.SHUT_RDWR)
 
 

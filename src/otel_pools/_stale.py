@@ -9,12 +9,18 @@ from collections.abc import Iterable
 GONE = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
 
 
-def stale(sockets: Iterable[int]) -> int | None:
-    """How many of these file descriptors' other sides have gone; None where that cannot be asked, as on Windows."""
+def stale(sockets: Iterable[int | None]) -> int | None:
+    """
+    Of how many of these file descriptors the other sides have gone; None where that cannot be asked, as on Windows.
+
+    A negative one is that of a socket which asyncio has closed for that reason; None is one that nobody knows.
+    """
     if not hasattr(select, "poll"):
         return None
-    looking = select.poll()
+    looking, closed = select.poll(), 0
     for descriptor in sockets:
-        if descriptor >= 0:  # or it was closed meanwhile
+        if descriptor is not None and descriptor >= 0:
             looking.register(descriptor, GONE)
-    return sum(bool(event & GONE) for _, event in looking.poll(0))
+        elif descriptor is not None:
+            closed += 1
+    return closed + sum(bool(event & GONE) for _, event in looking.poll(0))

@@ -65,18 +65,14 @@ def _connections(pool: Any, watch: Watch) -> Iterable[int]:
     return map(id, watch.connections())
 
 
-def _sockets(pool: Any, watch: Watch) -> Iterable[int]:
-    return ()
-
-
-def descriptor(connection: Any) -> int:
-    """The file descriptor of a connection as drivers have it: its own, its socket's or its transport's; or -1."""
+def descriptor(connection: Any) -> int | None:
+    """The file descriptor of a connection as drivers have it: its own, its socket's or a transport's; -1 if closed."""
     transport = getattr(connection, "_transport", None) or getattr(connection, "_writer", None)
     inner = None if transport is None else transport.get_extra_info("socket")
     for one in (inner, getattr(connection, "_sock", None), connection):
         if one is not None and hasattr(one, "fileno"):
             return int(one.fileno())
-    return -1
+    return None
 
 
 def _unsaid(pool: Any) -> Mapping[str, Any]:
@@ -108,7 +104,7 @@ class Target:
         anchor: From a pool to its id, and to what lives as long as it and can be referenced weakly.
         pools_of: From what a user holds (an engine, a client) to its pools; raises TypeError if it is nothing of ours.
         name_pool: Remember the name a user gives a pool.
-        idle_sockets: The file descriptors of the connections that nobody holds.
+        idle_sockets: The file descriptors of the connections that nobody holds; None if nobody can tell.
         purpose: What a loan is for, where somebody holds a connection on purpose.
         leases: The ids of what stands for a pool's loans, of the living ones at least.
         withheld: Names of metrics that somebody else emits for the pools of this name, asked at every collection.
@@ -125,7 +121,7 @@ class Target:
     anchor: Callable[[Any], tuple[int, Any]] = _by_id
     pools_of: Callable[[Any], Iterable[Any]] = itself
     name_pool: Callable[[Any, str], None] = given_names.__setitem__
-    idle_sockets: Callable[[Any, Watch], Iterable[int]] = _sockets
+    idle_sockets: Callable[[Any, Watch], Iterable[int | None]] | None = None
     purpose: Callable[[Loan], str | None] = _unknown
     leases: Callable[[Any, Watch], Iterable[int]] = _connections
     withheld: Callable[[Registry, Ledger], Collection[str]] = _nobody

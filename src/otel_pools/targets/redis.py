@@ -262,7 +262,7 @@ def _is_open(connection: Any) -> bool:
     return bool(getattr(connection, "is_connected", True))
 
 
-def idle_sockets(pool: Any, _: Watch) -> Iterable[int]:
+def idle_sockets(pool: Any, _: Watch) -> Iterable[int | None]:
     """Of the connections that lie in the pool; a client-side cache has the real one inside."""
     return () if _is_the_parents(pool) else (descriptor(_parts(one)[-1]) for one in _free(pool) if _is_open(one))
 

@@ -239,7 +239,7 @@ def discover(registry: Registry) -> None:
             watch = registry.find(_pool_of_record(record))
             if watch is not None:
                 watch.met(record)
-                watch.opened[id(record)] = LONG_AGO
+                watch.opened.setdefault(id(record), LONG_AGO)
 
 
 # -- what happens to it ------------------------------------------------------------
@@ -365,7 +365,7 @@ def _is_finalised() -> bool:
     return any(frame.f_code.co_name == "_finalize_fairy" for frame in _callers(sys._getframe(2)))
 
 
-def idle_sockets(_: Pool, watch: Watch) -> Iterable[int]:
+def idle_sockets(_: Pool, watch: Watch) -> Iterable[int | None]:
     """Of the drivers' connections that nobody holds, where the driver has a socket to look at."""
     records = (record for record in watch.connections() if record.fairy_ref is None)
     connections = (record.dbapi_connection for record in records)
