@@ -9,27 +9,10 @@ import traceback
 import httpcore
 import redis
 import redis.asyncio
-from redis.asyncio.connection import AbstractConnection as AsyncAbstractConnection
-from redis.connection import AbstractConnection
 from sqlalchemy import create_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util import greenlet_spawn
-
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
-
-class Server:
-    """What the connections of an application lead to; it refuses one if told so, with an error of its own."""
-
-    def __init__(self):
-        self.refusal = None
-        self.opened = self.closed = 0
-
-    def connect(self):
-        refusal, self.refusal = self.refusal, None
-        if refusal is not None:
-            raise refusal
-        self.opened += 1
+from stubs import AsyncDbapi, Dbapi, Server, async_line, async_network, line, network
 
 
 def told(error, own):
@@ -80,28 +63,14 @@ class App:
 # -- SQLAlchemy ----------------------------------------------------------------------------
 
 
-class Dbapi:
-    """A connection of a driver."""
-
-    def __init__(self, server):
-        server.connect()
-        self.server = server
-
-    def rollback(self): ...
-    def close(self):
-        self.server.closed += 1
-
-    terminate = close
-
-
 class SQLAlchemy(App):
     target = "sqlalchemy"
-    kind, url = QueuePool, "sqlite://"
+    kind, url, dbapi = QueuePool, "sqlite://", Dbapi
 
     def make(self):
         options = {"pool_size": 2, "max_overflow": 1, "pool_timeout": 0, "poolclass": self.kind}
         options |= {"logging_name": "orders"}
-        return create_engine(self.url, creator=lambda: Dbapi(self.server), _initialize=False, **options)
+        return create_engine(self.url, creator=lambda: self.dbapi(self.server), _initialize=False, **options)
 
     def take(self):
         try:
@@ -138,7 +107,7 @@ class ForgetfulSQLAlchemy(SQLAlchemy):
 
 
 class AsyncSQLAlchemy(SQLAlchemy):
-    kind, url = AsyncAdaptedQueuePool, "sqlite+aiosqlite://"
+    kind, url, dbapi = AsyncAdaptedQueuePool, "sqlite+aiosqlite://", AsyncDbapi
 
     def all(self):
         return greenlet_spawn(super().go)
@@ -148,73 +117,6 @@ class AsyncSQLAlchemy(SQLAlchemy):
 
 
 # -- redis ---------------------------------------------------------------------------------
-
-
-class Line:
-    """What stands for a socket, or for asyncio's streams."""
-
-    def __init__(self, server):
-        self.server = server
-
-    def shutdown(self, *_): ...
-    def close(self):
-        self.server.closed += 1
-
-    async def wait_closed(self):
-        await asyncio.sleep(0)
-
-
-def line(server):
-    """A class of connections, opened and closed by redis-py's own methods."""
-
-    class Stub(AbstractConnection):
-        def __init__(self, **_):
-            super().__init__(protocol=2)
-
-        def repr_pieces(self):
-            return []
-
-        def _connect(self):
-            server.connect()
-            return Line(server)
-
-        def on_connect(self): ...
-        def on_connect_check_health(self, check_health=True): ...
-        def can_read(self, timeout=0):
-            return False
-
-        def _host_error(self):
-            return "stub"
-
-    return Stub
-
-
-def async_line(server):
-    """The same for asyncio."""
-
-    class Stub(AsyncAbstractConnection):
-        def __init__(self, **_):
-            super().__init__(protocol=2)
-
-        def repr_pieces(self):
-            return []
-
-        async def _connect(self):
-            await asyncio.sleep(0)
-            server.connect()
-            self._reader = self._writer = Line(server)
-
-        async def on_connect(self): ...
-        async def on_connect_check_health(self, check_health=True): ...
-        async def can_read_destructive(self):
-            return False
-
-        can_read = can_read_destructive
-
-        def _host_error(self):
-            return "stub"
-
-    return Stub
 
 
 class Redis(App):
@@ -302,55 +204,8 @@ class AsyncBlockingRedis(AsyncRedis):
 # -- httpx ---------------------------------------------------------------------------------
 
 
-class Stream(httpcore.NetworkStream):
-    """One end of a connection that has an answer ready."""
-
-    def __init__(self, server):
-        server.connect()
-        self.server = server
-
-    def read(self, *_, **__):
-        return ANSWER
-
-    def write(self, *_, **__): ...
-    def close(self):
-        self.server.closed += 1
-
-    def get_extra_info(self, _): ...
-
-
-class Network(httpcore.NetworkBackend):
-    def __init__(self, server):
-        self.server = server
-
-    def connect_tcp(self, *_, **__):
-        return Stream(self.server)
-
-
-class AsyncStream(httpcore.AsyncNetworkStream):
-    """The same for asyncio."""
-
-    def __init__(self, server):
-        server.connect()
-        self.server = server
-
-    async def read(self, *_, **__):
-        return ANSWER
-
-    async def write(self, *_, **__): ...
-    async def aclose(self):
-        self.server.closed += 1
-
-    def get_extra_info(self, _): ...
-
-
-class AsyncNetwork(httpcore.AsyncNetworkBackend):
-    def __init__(self, server):
-        self.server = server
-
-    async def connect_tcp(self, *_, **__):
-        await asyncio.sleep(0)
-        return AsyncStream(self.server)
+Stream, Network = network(httpcore)
+AsyncStream, AsyncNetwork = async_network(httpcore)
 
 
 def asked():

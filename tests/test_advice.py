@@ -391,6 +391,735 @@ def test_every_rule_can_be_silent():
     assert SILENT.keys() == SPEAK.keys()
 
 
+# -- each bound ------------------------------------------------------------------------
+
+
+def edge(what, **changes):
+    """A bound, and what is to be changed to be on this side of it and on that; what is no pair is changed for both."""
+    pairs = {name: value if isinstance(value, tuple) else (value, value) for name, value in changes.items()}
+    return what, *({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
+
+
+SHORT = edge("5 seconds", rate_per_s=(144_000 / 5, 144_000 / 4.99))
+RARE = timing(0.001, 144_000)
+
+# From a kind to its bounds: of the first pool the rule still speaks, of the second it does no more.
+EDGES = {
+    "too_small": [
+        SHORT,
+        edge("100 checkouts", checkouts=(100, 99), paths={"queued": 44}, rate_per_s=9.0),
+        edge("20 that waited", checkouts=100, paths=({"queued": 20}, {"queued": 19}), rate_per_s=9.0),
+        edge("20 holds", use=(timing(0.05, 20), timing(0.05, 19))),
+        edge("3 nested of few", checkouts=200, paths={"queued": 88}, rate_per_s=9.0, nested=(3, 4)),
+        edge("1 % nested of many", nested=(1440, 1441)),
+        # If one is leaked, who waits is no sign of the load, and for that eight are enough.
+        edge("as many as needed", max=(7, 8), overdue=1),
+        edge("twice as many waited as wanted", max=7, paths=({"queued": 2881}, {"queued": 2880})),
+        # By the formulas 13 % have to wait for five at the busiest time, and 5 % for six.
+        edge("ten times as many are predicted", max=(5, 6), paths={"queued": 100}),
+    ],
+    "big_pool_behind_pgbouncer": [
+        edge("1000 checkouts", checkouts=(1000, 999), rate_per_s=9.0),
+        edge("a minute", rate_per_s=(144_000 / 60, 144_000 / 59.9), use=RARE),
+        edge("twice the advised size", max=(44, 43)),
+        edge("the advised size is twice the peak", max=60, peak=(15, 16)),
+        edge("10 connections saved", max=(15, 14), peak=2, use=RARE),
+        edge("nobody had to wait", paths=({}, {"queued": 1})),
+        edge("nobody was refused", errors=({}, {"exhausted": 1})),
+        edge("nobody waits", pending=(0, 1)),
+        edge("a known peak", peak=(11, None)),
+        edge("a limit", max=(60, None)),
+        edge("the port", server_port=(6432, 6433)),
+    ],
+    "too_large": [
+        edge("1000 checkouts", checkouts=(1000, 999), rate_per_s=1.0),
+        edge("10 minutes", rate_per_s=(144_000 / 600, 144_000 / 599), use=RARE),
+        edge("another size than the default", max=(16, 15), peak=2, use=RARE),
+        edge("a database", system=("mysql", None)),
+    ],
+    "overflow_always": [
+        SHORT,
+        edge("100 checkouts", checkouts=(100, 99), rate_per_s=9.0),
+        edge("a fifth of them", closed=({"overflow": 28_800}, {"overflow": 28_799})),
+        edge("overflow connections", closed=({"overflow": 144_000}, {"idle": 144_000})),
+        edge("a base size", idle_max=(1, 0)),
+        edge("a base size that is known", idle_max=(1, None)),
+        edge("a base size for each pool", max=56, pools=4, idle_max=(4, 3)),
+    ],
+    "nullpool_behind_pgbouncer": [
+        SHORT,
+        edge("100 checkouts", checkouts=(100, 99), rate_per_s=9.0),
+        edge("a connect for each second checkout", created=(72_000, 71_999)),
+        edge("a connect takes a fifth of a hold", create=(timing(0.016), timing(0.0159))),
+        edge("no limit", max=(None, 14)),
+        edge("nothing is kept", idle_max=(0, 1)),
+        edge("SQLAlchemy", library=("sqlalchemy", "asyncpg")),
+        edge("the port", server_port=(6432, 6433)),
+    ],
+    "timeout_too_long": [
+        SHORT,
+        edge("100 checkouts", checkouts=(100, 99), rate_per_s=9.0),
+        edge("10 cancelled", errors=({"cancelled": 10}, {"cancelled": 9})),
+        edge("some cancelled", errors=({"cancelled": 10}, {"timeout": 10})),
+        edge("ten times as many as timed out", timeouts=(20, 21)),
+        edge("a wait of more than a second", wait=(timing(0.01, longest=1.01), timing(0.01, longest=1.0))),
+        edge("no wait of four fifths", wait=(timing(0.01, longest=24.0), timing(0.01, longest=24.1))),
+        edge("somebody had to wait", paths=({"queued": 1}, {})),
+        edge("a timeout", config=({"timeout": 30}, {"timeout": None})),
+    ],
+    "recycle_herd": [
+        SHORT,
+        edge("1000 checkouts", checkouts=(1000, 999), rate_per_s=9.0),
+        edge("10 recycled", closed=({"recycle": 10}, {"recycle": 9}), idle_max=5),
+        edge("10 recycled where nothing is said to be kept", closed=({"recycle": 10}, {"recycle": 9}), idle_max=None),
+        edge("each place once", closed=({"recycle": 20}, {"recycle": 19}), idle_max=20),
+        edge("half of what was closed", closed=({"recycle": 300, "idle": 300}, {"recycle": 300, "idle": 301})),
+        edge("recycled at all", closed=({"recycle": 300}, {"idle": 300})),
+        edge("a connect for one checkout in a hundred", paths=({"new": 1440}, {"new": 1439})),
+        edge("connects at all", paths=({"new": 3000}, {"idle": 3000})),
+        edge(
+            "waits of ten times the median",
+            wait=(timing(0.01, p50=0.002, p99=0.02), timing(0.01, p50=0.002, p99=0.0199)),
+        ),
+        edge(
+            "waits of half a connect",
+            create=timing(0.1, p50=0.08),
+            wait=(timing(0.01, p50=0.0, p99=0.04), timing(0.01, p50=0.0, p99=0.039)),
+        ),
+    ],
+    "stale": [
+        edge("one without a server", stale=(1, 0)),
+        edge("10 that failed", stale=0, checkouts=900, closed=({"error": 10}, {"error": 9})),
+        edge("one in 1000 that failed", stale=None, checkouts=2_000_000, closed=({"error": 2000}, {"error": 1999})),
+        edge("a library that can look", library=("sqlalchemy", "asyncpg")),
+    ],
+    "leak": [
+        edge("one that is out", overdue=(1, 0)),
+        edge("one that the collector gave back", overdue=None, leaked=({"collected": 1}, {"overdue": 1})),
+    ],
+    "orphaned": [edge("one place", orphaned=(1, 0))],
+    "nested": [edge("three times", nested=(3, 2))],
+    "inherited": [edge("one connection", inherited=(1, 0))],
+    "held_idle": [
+        SHORT,
+        edge("100 checkouts", checkouts=(100, 99), rate_per_s=9.0, paths={}),
+        edge("a third of the time", busy_s=(3840.0, 3840.1)),
+        edge("half of the pool in use", max=(8, 9)),
+        edge("whatever is in use where there is no limit", max=(None, 7), use=RARE, busy_s=0.0),
+        edge("more waited than wanted", max=14, paths=({"queued": 1441}, {"queued": 1440})),
+        edge("somebody held one", busy_s=0.0, use=(timing(0.08, 1), timing(0.08, 0))),
+        edge("the server's time is known", busy_s=(0.0, None)),
+    ],
+    "connect_errors": [
+        edge("ten", checkouts=900, errors=({"connect_error": 10}, {"connect_error": 9})),
+        edge("one checkout in a hundred", errors=({"connect_error": 1440}, {"connect_error": 1439})),
+        edge("of the server", errors=({"connect_error": 3000}, {"timeout": 3000})),
+    ],
+    "redis_default_limits": [
+        SHORT,
+        edge("100 checkouts", checkouts=(100, 99), rate_per_s=9.0),
+        edge("10 in use at once", peak=(10, 9)),
+        edge("no limit", max=(None, 1000)),
+        edge("Redis or Valkey", library=("valkey", "httpx")),
+    ],
+    "keepalive_churn": [
+        SHORT,
+        edge("100 requests", checkouts=(100, 99), rate_per_s=9.0),
+        edge("a connect for each second request", created=(72_000, 71_999)),
+        edge("most of them to make room", closed=({"evicted": 6, "error": 5}, {"evicted": 5, "error": 6})),
+        edge("HTTP", system="qdrant", library=("qdrant", "redis")),
+        edge("no gRPC", system="qdrant", library="qdrant", channels=(None, {"ready": 1})),
+    ],
+    "streams_saturated": [
+        edge("three that wait", streams_pending=(3, 2)),
+        edge("half as many as have one", streams=10, streams_pending=(5, 4)),
+        edge("more than half of an odd number", streams=9, streams_pending=(5, 4)),
+        edge("streams in use", streams=(1, 0)),
+    ],
+    "qdrant_localhost": [
+        edge("20 calls", checkouts=(20, 19)),
+        edge("a connect for each second call", created=(72_000, 71_999)),
+        edge("this machine", server_address=("127.0.0.1", "10.0.0.1")),
+        edge("nothing is kept", idle_max=(0, None)),
+        edge("no gRPC", channels=(None, {"ready": 1})),
+        edge("Qdrant", library=("qdrant", "httpx")),
+    ],
+    "qdrant_one_connection": [
+        edge("100 calls", checkouts=(100, 99)),
+        edge("10 calls per second", rate_per_s=(10.0, 9.9)),
+        edge("or calls that wait", rate_per_s=9.0, pending=(1, 0)),
+        edge("two channels", channels=({"ready": 2}, {"ready": 1})),
+        edge("two that are not shut down", channels=({"ready": 2, "shutdown": 2}, {"ready": 1, "shutdown": 3})),
+        edge("one connection", used=0, idle=(1, 2)),
+        edge("one that is in use or idle", used=1, idle=(0, 1)),
+        edge("one that is known", used=(1, None), idle=None),
+    ],
+    "many_pools": [
+        edge("ten", pools=(10, 9), created=0),
+        edge("100 checkouts", checkouts=(100, 99)),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "speaks", "silent"),
+    [pytest.param(kind, *sides, id=f"{kind}: {what}") for kind, edges in EDGES.items() for what, *sides in edges],
+)
+def test_the_bounds_of_a_rule(kind, speaks, silent):
+    """Each bound is where the documentation has it: on it the rule speaks, and one step beyond it does not."""
+    assert kind in kinds(but(kind, **speaks))
+    assert kind not in kinds(but(kind, **silent))
+
+
+def test_every_rule_has_its_bounds():
+    """Of the one that needs the number of instances see below."""
+    assert EDGES.keys() == SPEAK.keys()
+
+
+# From a kind to what makes it as urgent: where one severity begins, and the one below it.
+URGENCY = {
+    "too_small": [
+        ("high", edge("a tenth waited", paths=({"queued": 14_400}, {"queued": 14_399}))),
+        ("high", edge("one was refused", paths={"queued": 9000}, timeouts=(1, 0))),
+    ],
+    "nullpool_behind_pgbouncer": [
+        ("medium", edge("a connect takes as long as a hold", create=(timing(0.08), timing(0.0799)))),
+    ],
+    "recycle_herd": [
+        (
+            "medium",
+            edge("waits that somebody notices", wait=(timing(0.1, p50=0.0, p99=0.1), timing(0.1, p50=0.0, p99=0.099))),
+        ),
+    ],
+    "stale": [("high", edge("ten failed", closed=({"error": 10}, {"error": 9})))],
+    "leak": [
+        ("high", edge("somebody waits", pending=(1, 0))),
+        ("high", edge("somebody was refused", errors=({"exhausted": 1}, {}))),
+        ("high", edge("four fifths are in use", utilization=(0.8, 0.7999))),
+    ],
+    "orphaned": [
+        ("high", edge("somebody waits", timeouts=0, pending=(1, 0))),
+        ("high", edge("somebody was refused", timeouts=(1, 0))),
+        ("high", edge("four fifths are in use", timeouts=0, utilization=(0.8, None))),
+    ],
+    "nested": [
+        ("high", edge("somebody waits", pending=(1, 0))),
+        ("high", edge("somebody was refused", timeouts=(1, 0))),
+    ],
+    "held_idle": [("medium", edge("more waited than wanted", paths=({"queued": 1441}, {"queued": 1440})))],
+    "connect_errors": [
+        ("high", edge("within five minutes", last_error_s=({"connect_error": 300.0}, {"connect_error": 300.1}))),
+    ],
+    "redis_default_limits": [("medium", edge("a hundred at once", peak=(100, 99)))],
+    "keepalive_churn": [("medium", edge("a handshake", create=(timing(0.01), timing(0.0099))))],
+    "qdrant_one_connection": [("medium", edge("calls wait", pending=(1, 0)))],
+    "many_pools": [("medium", edge("less than ten checkouts each", checkouts=(3999, 4000)))],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "severity", "more", "less"),
+    [
+        pytest.param(kind, severity, *sides, id=f"{kind}: {what}")
+        for kind, rows in URGENCY.items()
+        for severity, (what, *sides) in rows
+    ],
+)
+def test_how_urgent_it_is(kind, severity, more, less):
+    """Each severity begins where the documentation has it, and below it comes the next."""
+    below = {"high": "low" if kind == "connect_errors" else "medium", "medium": "low"}[severity]
+
+    assert severities(but(kind, **more))[kind] == severity
+    assert severities(but(kind, **less))[kind] == below
+
+
+def severities(*stats):
+    return {advice.kind: advice.severity for advice in advise(stats, [])}
+
+
+# -- word by word ----------------------------------------------------------------------
+
+UNEVEN = 1.000123457
+
+
+def uneven(pool):
+    """The same a little slower, with figures that do not come out even."""
+    return replace(
+        pool,
+        rate_per_s=pool.rate_per_s * UNEVEN,
+        busiest_per_s=pool.busiest_per_s and pool.busiest_per_s * UNEVEN,
+        busy_s=pool.busy_s and pool.busy_s * UNEVEN,
+        use=replace(pool.use, mean_s=pool.use.mean_s * UNEVEN),
+        create=replace(pool.create, mean_s=pool.create.mean_s * UNEVEN),
+    )
+
+
+HELD = [
+    Holder("shop", 80.0, "app.py:12 handler", "connect"),
+    Holder("shop", 93.0, "app.py:12 handler", "connect"),
+    Holder("shop", 1.0, "app.py:99 quick", "connect"),
+]
+SEEN = {
+    "checkouts": 144_000,
+    "seconds": 3599.556,
+    "rate_per_s": 40.005,
+    "busiest_per_s": 50.006,
+    "hold_mean_s": 0.08001,
+    "load": 4.001,
+}
+
+# From a kind to all that is said of the pool that makes it speak: what is wrong, what to do, on which figures.
+SAID = {
+    "too_small": (
+        (
+            "44.4 % of 144000 checkouts had to wait for one of 3 connections or got none: 50 per second, each held for"
+            " 50 ms, have 2.5 in use on average."
+        ),
+        "`create_engine(pool_size=6, max_overflow=2)`: then 0.452 % will have to wait.",
+        SEEN
+        | {"hold_mean_s": 0.050006, "load": 2.501, "waited": 63_990, "refused": 0, "peak": 3, "size": 3, "needed": 8}
+        | {"predicted_waiting": 0.004524, "predicted_mean_wait_s": 4.3e-05, "predicted_p99_wait_s": 0.0},
+    ),
+    "overflow_always": (
+        (
+            "34.7 % of 144000 checkouts ended with an overflow connection being closed, as pool_size is 3: opening the"
+            " next one takes 20 ms."
+        ),
+        "`create_engine(pool_size=8, max_overflow=6)`: as many at most, but they stay open.",
+        SEEN | {"waited": 10, "peak": 12, "closed_overflow": 50_000, "pool_size": 3, "create_mean_s": 0.020002},
+    ),
+    "too_large": (
+        "There may be 60 connections, and in 60 min never more than 11 were in use.",
+        (
+            "`create_engine(pool_size=8, max_overflow=14)`: more than ever were needed, and the server has the others"
+            " for somebody else."
+        ),
+        SEEN | {"waited": 0, "peak": 11, "size": 60, "needed": 10},
+    ),
+    "big_pool_behind_pgbouncer": (
+        (
+            "There may be 60 connections to what is, going by its port 6432, PgBouncer, which pools them anyway; never"
+            " were more than 11 in use."
+        ),
+        "`create_engine(pool_size=22, max_overflow=0)`: a small pool before PgBouncer, the large one behind it.",
+        SEEN | {"waited": 0, "peak": 11, "size": 60, "server_port": 6432},
+    ),
+    "nullpool_behind_pgbouncer": (
+        (
+            "144000 connections were opened for 144000 checkouts to what is, going by its port 6432, PgBouncer: 30 ms"
+            " to open one that is held for 80 ms."
+        ),
+        (
+            "`create_engine(pool_size=8, max_overflow=2)` without NullPool: a small pool spares the connect (with"
+            " asyncpg and transaction pooling, mind its prepared statements)."
+        ),
+        {"created": 144_000, "checkouts": 144_000, "create_mean_s": 0.030004, "hold_mean_s": 0.08001}
+        | {"server_port": 6432},
+    ),
+    "timeout_too_long": (
+        (
+            "200 checkouts were cancelled and 0 timed out: nobody has ever waited for the 30 s after which the pool"
+            " gives up, the longest for 9 s."
+        ),
+        "`create_engine(pool_timeout=5)`: less than callers wait, so that they get an error that says why.",
+        {"cancelled": 200, "timeouts": 0, "timeout_s": 30.0, "wait_max_s": 9.0},
+    ),
+    "recycle_herd": (
+        (
+            "3000 of 3080 connections were closed for their age, and 3080 of 144000 checkouts had to open one: half of"
+            " them take 0.1 ms at most, one in a hundred 120 ms or more."
+        ),
+        (
+            "`create_engine(pool_recycle=1800)`, and a different number in each instance: connections that were opened"
+            " together are recycled together, as SQLAlchemy adds no jitter."
+        ),
+        {"recycled": 3000, "closed": 3080, "new": 3080, "checkouts": 144_000, "pool_recycle": 60}
+        | {"wait_p50_s": 0.0001, "wait_p99_s": 0.12, "create_p50_s": 0.02 * math.log(2)},
+    ),
+    "stale": (
+        (
+            "Nobody looks at connections before they are lent: 3 idle ones are without a server now, and 0 have failed"
+            " when they were in use."
+        ),
+        (
+            "`create_engine(pool_pre_ping=True)` does; if something in between closes idle connections, replace them"
+            " earlier, too."
+        ),
+        {"stale": 3, "closed_error": 0, "checkouts": 144_000},
+    ),
+    "leak": (
+        "2 connections are out for longer than the leak threshold (the longest for 93 s): 2 from app.py:12 handler.",
+        (
+            "Give it back however the block ends: use `with engine.connect() as connection:`"
+            " (or `with Session() as session:`)."
+        ),
+        {"overdue": 2, "collected": 0, "oldest_use_s": 93.0, "call_sites": {"app.py:12 handler": 2}},
+    ),
+    "orphaned": (
+        "2 places are taken by nobody, of 100: a larger pool would lose them too.",
+        (
+            "Update the library: httpcore up to 1.0.9 loses them when a connect is cancelled (httpcore2 does not);"
+            " until then only a new client has them back."
+        ),
+        {"orphaned": 2, "used": 4, "max": 100, "refused": 4},
+    ),
+    "nested": (
+        (
+            "900 of 144000 checkouts were made by somebody who held a connection of the same pool: when all do so at"
+            " once, all wait for each other."
+        ),
+        "Hand the connection (or session) on to what is called, or give it back before; a larger pool only delays it.",
+        {"nested": 900, "checkouts": 144_000, "refused": 0, "pending": 0},
+    ),
+    "inherited": (
+        "1 connection is used here that the parent process had opened before the fork: both write to the same socket.",
+        (
+            "Where processes are forked (gunicorn's `post_fork`, Celery's `worker_process_init`), call"
+            " `engine.dispose(close=False)` first thing in the new process."
+        ),
+        {"inherited": 1},
+    ),
+    "held_idle": (
+        "Connections are held for 80 ms, used for 6.94 % of that time.",
+        (
+            "Give the connection back before other work is done (a call to another service, a template), and take it as"
+            " late as possible: at best 0.278 instead of 4 would be in use."
+        ),
+        {"busy_s": 800.099, "held_s": 11521.422, "waiting": 6.9e-05},
+    ),
+    "connect_errors": (
+        "3000 of 144000 checkouts could not open a connection to db, the last one 2 s ago.",
+        (
+            "Look at the server, the network and the password; a server at its limit of connections refuses too, which"
+            " a larger pool makes worse."
+        ),
+        {"connect_errors": 3000, "checkouts": 144_000, "last_error_s": 2.0, "created": 90},
+    ),
+    "redis_default_limits": (
+        (
+            "The pool has no limit, as is the default of redis-py before 8.0 and of valkey-py, and 11 connections were"
+            " in use at once: the slower the server, the more it gets, up to its maxclients."
+        ),
+        "`ConnectionPool(max_connections=22)`; beyond that it refuses at once, and BlockingConnectionPool waits.",
+        SEEN | {"waited": 0, "peak": 11},
+    ),
+    "keepalive_churn": (
+        "143000 connections were opened for 144000 requests, 20 ms each; most were closed as `evicted`.",
+        (
+            "`httpx.Limits(max_connections=100, max_keepalive_connections=100)`: keep as many open as are in use"
+            " (httpcore up to 1.0.9 counts the busy ones too)."
+        ),
+        {"created": 143_000, "checkouts": 144_000, "closed": {"evicted": 142_000}}
+        | {"create_mean_s": 0.020002, "idle_max": 20},
+    ),
+    "streams_saturated": (
+        "5 streams are in use and 15 requests wait for one, which no timeout covers.",
+        (
+            "`http2=False` gives each request a connection of its own; or share the requests out over several clients,"
+            " or have the server allow more streams on a connection."
+        ),
+        {"streams": 5, "streams_pending": 15, "streams_max": 5, "used": 1},
+    ),
+    "qdrant_localhost": (
+        "143999 connections in 144000 calls: qdrant-client keeps none open, as the server is local.",
+        "`QdrantClient(limits=httpx.Limits())` keeps them.",
+        {"created": 143_999, "checkouts": 144_000, "create_mean_s": 0.020002},
+    ),
+    "qdrant_one_connection": (
+        "3 gRPC channels share one connection, and so its streams: pool_size does nothing.",
+        "`grpc_options={'grpc.use_local_subchannel_pool': 1}` gives each a connection of its own.",
+        {"channels": 3, "connections": 1, "pending": 0, "rate_per_s": 50.006},
+    ),
+    "many_pools": (
+        "400 pools of this name are alive, with 2.25 checkouts each: that many clients of one server.",
+        (
+            "Make one client (or engine) when the application starts, and share it; where each has a purpose of its"
+            " own, name it with `otel_pools.name_pool`."
+        ),
+        {"pools": 400, "checkouts": 900, "created": 900},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPEAK)
+def test_all_that_a_rule_says(kind):
+    """What people read and programs use: the issue, the suggestion and the figures of each, as they are told."""
+    (advice,) = advise([uneven(SPEAK[kind][0])], HELD)
+
+    assert (advice.issue, advice.suggestion, advice.evidence) == SAID[kind]
+
+
+def one(*stats, holders=(), **options):
+    """The one thing that is advised."""
+    (advice,) = advise(stats, holders, **options)
+    return advice
+
+
+def test_what_to_expect_of_the_advised_size():
+    """How long one will wait is predicted for that size, and for holds as they were, regular or not."""
+    found = [
+        one(uneven(replace(CROWDED, use=timing(0.05, 144_000, p50=p50))), wait_probability=0.05).evidence
+        for p50 in (0.05, 0.02)
+    ]
+
+    assert [told["needed"] for told in found] == [6, 6]
+    assert [told["predicted_waiting"] for told in found] == [0.047494, 0.047494]
+    assert [told["predicted_mean_wait_s"] for told in found] == [0.000339, 0.002121]
+    assert [told["predicted_p99_wait_s"] for told in found] == [0.011135, 0.069592]
+
+
+# -- what else it may say --------------------------------------------------------------
+
+STEADY = replace(CROWDED, rate_per_s=2.5, busiest_per_s=2.5)
+BARE = replace(STEADY, library="redis", overflow_max=None, config={}, use=timing(0.999, 144_000))
+LEAKING = SPEAK["leak"][0]
+PLACES = [None, "app.py:1 f", *["app.py:2 f"] * 2, *["app.py:3 f"] * 3, *["app.py:4 f"] * 4, "app.py:5 f"]
+LATE = [Holder("shop", 90.0 - number, place) for number, place in enumerate(PLACES)]
+ON_PURPOSE = [Holder("shop", 500.0, "app.py:9 listen", kind=kind) for kind in ("pub/sub", "blocking")]
+MISSING = (
+    "8, and 20 instances have 100 connections of the server to share: hold connections for less long, put a pooler such"
+    " as PgBouncer in between, or have the server allow more."
+)
+THEN = "then 0.452 % will have to wait."
+AS_MANY = "as many at most, but they stay open."
+
+# What is said where there is more to say, or less.
+SUGGESTED = {
+    "all that is needed": (
+        CROWDED,
+        {"instances": 11, "server_limit": 100},
+        f"`create_engine(pool_size=6, max_overflow=2)`: {THEN}",
+    ),
+    "what the server allows": (
+        CROWDED,
+        {"instances": 20, "server_limit": 100},
+        f"`create_engine(pool_size=4, max_overflow=0)`: then 32 % will have to wait; it needs {MISSING}",
+    ),
+    "the server allows no more": (
+        replace(CROWDED, max=4, paths={"idle": 104_000, "queued": 40_000}),
+        {"instances": 20, "server_limit": 100},
+        f"It needs {MISSING}",
+    ),
+    "long holds": (
+        replace(STEADY, use=timing(1.0, 144_000)),
+        {},
+        f"`create_engine(pool_size=6, max_overflow=2)`: {THEN} Or hold them for less long, which helps as much.",
+    ),
+    "Redis": (BARE, {}, "`Redis(max_connections=8)`: then 0.449 % will have to wait."),
+    "Redis that refuses": (
+        replace(BARE, errors={"exhausted": 9}),
+        {},
+        (
+            "`Redis(max_connections=8)`: then 0.449 % will have to wait."
+            " BlockingConnectionPool waits where this one refuses at once."
+        ),
+    ),
+    "HTTP that refuses": (
+        replace(BARE, library="httpx", system=None, errors={"exhausted": 9}),
+        {},
+        "`httpx.Limits(max_connections=8)`: then 0.449 % will have to wait.",
+    ),
+    "another library": (replace(BARE, library="asyncpg"), {}, "`max_size=8`: then 0.449 % will have to wait."),
+    "a fleet that fits": (
+        HEALTHY,
+        {"instances": 8, "server_limit": 100},
+        "`create_engine(pool_size=8, max_overflow=3)` in each, which leaves a tenth of them for others.",
+    ),
+    "a fleet that does not fit": (
+        HEALTHY,
+        {"instances": 20, "server_limit": 100},
+        (
+            "It needs 10 and its share is 4: put a pooler such as PgBouncer in between, have the server allow more, or"
+            " run fewer instances."
+        ),
+    ),
+    "overflow without a limit": (
+        but("overflow_always", max=None, overflow_max=None),
+        {},
+        f"`create_engine(pool_size=8)`: {AS_MANY}",
+    ),
+    "no base size is beyond the limit": (
+        but("overflow_always", max=6, overflow_max=3, peak=6),
+        {},
+        f"`create_engine(pool_size=6, max_overflow=0)`: {AS_MANY}",
+    ),
+    "more overflow than the load explains": (
+        but("overflow_always", use=RARE),
+        {},
+        f"`create_engine(pool_size=5, max_overflow=9)`: {AS_MANY}",
+    ),
+    "what is leaked of any library": (
+        replace(LEAKING, library="asyncpg"),
+        {},
+        "Give it back however the block ends: use `with`.",
+    ),
+    "what Redis has lost": (
+        but("orphaned", library="redis"),
+        {},
+        "Update the library: redis-py 8.1 loses none after a failover; until then only a new pool has them back.",
+    ),
+    "what any library has lost": (
+        but("orphaned", library="asyncpg"),
+        {},
+        "Update the library: only a new pool has them back.",
+    ),
+    "what Redis has inherited": (
+        but("inherited", library="redis"),
+        {},
+        (
+            "Where processes are forked (gunicorn's `post_fork`, Celery's `worker_process_init`), make the client in"
+            " the new process."
+        ),
+    ),
+    "the server closes": (
+        but("keepalive_churn", closed={"server": 5}),
+        {},
+        "Have the server keep connections alive: it is the server who closes them.",
+    ),
+    "a client for each request": (
+        but("keepalive_churn", closed={"dispose": 5}),
+        {},
+        "Make one client and share it: they were closed with their client, as if there was one for each request.",
+    ),
+    "they are too old": (
+        but("keepalive_churn", closed={"idle": 5}, pools=3),
+        {},
+        (
+            "`httpx.Limits(max_connections=33, max_keepalive_connections=6, keepalive_expiry=60)`: keep them for longer"
+            " than there is between two requests."
+        ),
+    ),
+    "no room, in each of three": (
+        but("keepalive_churn", pools=3),
+        {},
+        (
+            "`httpx.Limits(max_connections=33, max_keepalive_connections=33)`: keep as many open as are in use"
+            " (httpcore up to 1.0.9 counts the busy ones too)."
+        ),
+    ),
+    **{
+        f"no room, and none to be had: {changes}": (
+            but("keepalive_churn", **changes),
+            {},
+            "Keep as many open as are in use (httpcore up to 1.0.9 counts the busy ones too).",
+        )
+        for changes in ({"max": None}, {"max": 20})
+    },
+    "gRPC, one connection for all channels": (
+        replace(GRPC, streams=100, streams_pending=300),
+        {},
+        (
+            "`grpc_options={'grpc.use_local_subchannel_pool': 1}` opens a connection for each channel, with streams of"
+            " its own."
+        ),
+    ),
+    **{
+        f"gRPC, {used} connections in use and {idle} idle for three channels": (
+            replace(GRPC, streams=100, streams_pending=300, used=used, idle=idle),
+            {},
+            (
+                "`grpc_options={'grpc.use_local_subchannel_pool': 1}, pool_size=6` opens a connection for each channel,"
+                " with streams of its own."
+            ),
+        )
+        for used, idle in ((3, 0), (1, 2), (None, 3), (3, None))
+    },
+    **{
+        f"gRPC, {used} connections in use and {idle} idle": (
+            replace(GRPC, streams=100, streams_pending=300, used=used, idle=idle),
+            {},
+            (
+                "`grpc_options={'grpc.use_local_subchannel_pool': 1}` opens a connection for each channel, with streams"
+                " of its own."
+            ),
+        )
+        for used, idle in ((2, 0), (None, 2), (2, None))
+    },
+}
+NOTED = {
+    "more wait than the load explains": (
+        replace(CROWDED, use=timing(0.005, 144_000)),
+        {},
+        (
+            "44.4 % of 144000 checkouts had to wait for one of 3 connections or got none: 50 per second, each held for"
+            " 5 ms, have 0.25 in use on average, and so many wait as if it were 2."
+        ),
+    ),
+    "a fleet": (
+        HEALTHY,
+        {"instances": 8, "server_limit": 100},
+        "The pools of 8 instances may open 112 connections to a server that allows 100: the last ones will be refused.",
+    ),
+    "the three lines that leak most": (
+        replace(LEAKING, overdue=11),
+        {"holders": LATE + ON_PURPOSE},
+        (
+            "11 connections are out for longer than the leak threshold (the longest for 90 s): 4 from app.py:4 f, 3"
+            " from app.py:3 f, 2 from app.py:2 f."
+        ),
+    ),
+    "one is out, held by nobody known": (
+        replace(LEAKING, overdue=1),
+        {},
+        "1 connection is out for longer than the leak threshold.",
+    ),
+    "both kinds of leaks": (
+        replace(LEAKING, leaked={"collected": 4}),
+        {},
+        (
+            "2 connections are out for longer than the leak threshold; 4 connections are back only because the garbage"
+            " collector found them dropped."
+        ),
+    ),
+    "one place of a pool without a limit": (
+        but("orphaned", orphaned=1, max=None),
+        {},
+        "1 place is taken by nobody, of all: a larger pool would lose them too.",
+    ),
+    "one idle connection without a server": (
+        but("stale", stale=1, closed={"error": 4}),
+        {},
+        (
+            "Nobody looks at connections before they are lent: 1 idle one is without a server now, and 4 have failed"
+            " when they were in use."
+        ),
+    ),
+    "a server with a port": (
+        but("connect_errors", server_port=5433),
+        {},
+        "3000 of 144000 checkouts could not open a connection to db:5433, the last one 2 s ago.",
+    ),
+    "a server without a name": (
+        but("connect_errors", server_address=None),
+        {},
+        "3000 of 144000 checkouts could not open a connection, the last one 2 s ago.",
+    ),
+    **{
+        f"{seconds} seconds ago": (
+            but("connect_errors", last_error_s={"connect_error": seconds}),
+            {},
+            f"3000 of 144000 checkouts could not open a connection to db, the last one {ago} ago.",
+        )
+        for seconds, ago in (
+            *((0.0, "0 ms"), (0.0123456, "12.3 ms"), (0.999, "999 ms"), (1.0, "1 s"), (99.94, "99.9 s")),
+            *((119.0, "119 s"), (120.0, "2 min"), (7199.0, "120 min"), (7200.0, "2 h"), (36_000_000.0, "10000 h")),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize(("pool", "asked", "text"), SUGGESTED.values(), ids=SUGGESTED.keys())
+def test_what_else_is_suggested(pool, asked, text):
+    """A suggestion says what fits the library, the limit and the cause."""
+    assert one(pool, **asked).suggestion == text
+
+
+@pytest.mark.parametrize(("pool", "asked", "text"), NOTED.values(), ids=NOTED.keys())
+def test_what_else_is_noted(pool, asked, text):
+    """An issue says so much as is known, in numbers that people read."""
+    assert one(pool, **asked).issue == text
+
+
 @pytest.mark.parametrize("kind", SPEAK)
 def test_advice_is_json_with_its_figures(kind):
     """Every advice can be sent, says what it rests on, and is written in whole sentences."""
@@ -429,6 +1158,24 @@ def test_bursts_need_more_than_the_average_says():
     assert advice.evidence["load"] > 5 * 50 * 0.005
     assert advice.evidence["needed"] > 3
     assert "as if it were" in advice.issue
+
+
+@pytest.mark.parametrize("timeout", [1, 2, 3, 5, 10, 15, 20, 30, 60])
+def test_a_timeout_as_people_write_them(timeout):
+    """It is the longest usual one that is shorter than callers have waited."""
+    waited = but("timeout_too_long", config={"timeout": 100}, wait=timing(0.01, longest=timeout + 0.1))
+
+    assert one(waited).settings == {"pool_timeout": timeout}
+    if timeout > 1:
+        assert one(replace(waited, wait=timing(0.01, longest=timeout))).settings["pool_timeout"] < timeout
+
+
+@pytest.mark.parametrize(("recycle", "advised"), [(-1, 1800), (60, 1800), (900, 1800), (1200, 2400), (None, 1800)])
+def test_a_longer_life(recycle, advised):
+    """Connections should live for half an hour at least, or twice as long as they do."""
+    pool = but("recycle_herd", config={"recycle": recycle, "pre_ping": True})
+
+    assert one(pool).settings == {"pool_recycle": advised}
 
 
 def test_the_promise_can_be_chosen():
@@ -611,8 +1358,9 @@ def test_defaults_are_nobodys_mistake():
     large = SPEAK["too_large"][0]
     by_default = replace(large, library="redis", max=100, idle_max=None, overflow_max=None)
 
-    assert kinds(by_default) == []
-    assert kinds(replace(by_default, max=90)) == ["too_large"]
+    assert kinds(by_default) == kinds(replace(by_default, library="valkey")) == []
+    assert kinds(replace(by_default, max=99)) == kinds(replace(by_default, max=101)) == ["too_large"]
+    assert kinds(replace(by_default, max=99, library="valkey")) == ["too_large"]
 
 
 # -- several pools -----------------------------------------------------------------------
@@ -679,6 +1427,106 @@ def test_no_larger_than_the_server_allows():
     assert (no_more.kind, no_more.settings) == ("too_small", {})
     assert "needs 8" in some_more.suggestion
     assert "needs 8" in no_more.suggestion
+
+
+def shares(*stats, **options):
+    """How many connections each pool may have."""
+    return [advice.evidence["share"] for advice in advise(stats, [], **options)]
+
+
+def test_the_budget_of_one_instance():
+    """Who does not say how many there are has one; to claim all that the server allows is no mistake yet."""
+    assert kinds(HEALTHY, server_limit=14) == []
+    assert one(HEALTHY, server_limit=13).evidence == {
+        "instances": 1,
+        "max": 14,
+        "claim": 14,
+        "server_limit": 13,
+        "share": 11,
+        "needed": 10,
+    }
+    assert kinds(HEALTHY, instances=100) == []
+
+
+def test_a_share_that_just_does():
+    """A size of as many as are needed is advised; if the share is one less, none is."""
+    assert [len(one(HEALTHY, instances=n, server_limit=100).settings) for n in (9, 10)] == [2, 0]
+
+
+def test_the_budget_is_shared_by_size():
+    """Of pools of one server each gets its part of nine tenths, and of several of one name each the same."""
+    large = replace(HEALTHY, name="large", max=28)
+
+    assert shares(HEALTHY, large, instances=4, server_limit=100) == [15, 7]
+    assert shares(replace(large, pools=2), instances=4, server_limit=100) == [11]
+    assert shares(replace(large, pools=0), instances=4, server_limit=100) == [22]
+    assert shares(replace(large, max=500), instances=2, server_limit=900) == [405]
+
+
+def test_a_pool_without_a_limit_claims_nothing():
+    """It is not measured, and takes nothing of the others' share."""
+    unlimited = replace(HEALTHY, name="unlimited", max=None)
+
+    assert shares(unlimited, HEALTHY, instances=8, server_limit=100) == [11]
+
+
+def test_whose_limit_it_is():
+    """Without a database it is that of each other server; a pool that just speaks HTTP has none."""
+    assert kinds(REDIS, REST, instances=6, server_limit=100) == ["fleet_budget", "fleet_budget"]
+    assert kinds(HTTP, instances=6, server_limit=10) == []
+    assert kinds(HTTP, REST, HEALTHY, instances=6, server_limit=90) == []
+
+
+def test_a_fleet_that_is_refused():
+    """If the server refuses connections already, it is urgent."""
+    refused = replace(HEALTHY, errors={"connect_error": 1})
+
+    assert one(refused, instances=8, server_limit=100).severity == "high"
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes", "answer"),
+    [
+        ("each", {"pools": 3}, 3),
+        ("each", {"pools": 0}, 1),
+        ("size", {}, 14),
+        ("size", {"pools": 4}, 3),
+        ("size", {"pools": 20}, 1),
+        ("size", {"max": None}, None),
+        ("size", {"max": 0}, None),
+        ("size", {"streams_max": 100}, None),
+        ("seconds", {"checkouts": 100, "rate_per_s": 0.5}, 200.0),
+        ("seconds", {"rate_per_s": 0.0}, 0.0),
+        ("refused", {"timeouts": 2, "errors": {"exhausted": 3, "cancelled": 4}}, 5),
+        ("waited", {"timeouts": 2, "errors": {"exhausted": 3}, "paths": {"queued": 4, "new": 5}}, 9),
+        ("waited", {"paths": {}}, 0),
+        ("waiting", {"paths": {"queued": 36_000}}, 0.25),
+        ("waiting", {"paths": {"queued": 1}, "checkouts": 1}, 1.0),
+        ("waiting", {"paths": {}, "checkouts": 0}, 0.0),
+        ("stuck", {"overdue": 2, "orphaned": 3}, 5),
+        ("stuck", {"overdue": 2, "orphaned": None}, 2),
+        ("stuck", {"overdue": None, "orphaned": 3}, 3),
+        ("per_s", {}, 50.0),
+        ("per_s", {"busiest_per_s": 30.0}, 40.0),
+        ("per_s", {"busiest_per_s": None}, 40.0),
+        ("per_s", {"busiest_per_s": None, "rate_per_s": 0.0}, 0.0),
+        ("load", {}, 4.0),
+        ("load", {"pools": 2}, 2.0),
+        ("demand", {"paths": {}}, 4.0),
+        ("demand", {"paths": {"queued": 144_000}}, pytest.approx(14.0, abs=1e-4)),
+        ("demand", {"paths": {"queued": 144_000}, "overdue": 1}, 4.0),
+        ("demand", {"paths": {"queued": 144_000}, "max": None}, 4.0),
+        ("need", {}, 10),
+        ("comfort", {}, 22),
+        ("comfort", {"pools": 2}, 12),
+        ("comfort", {"peak": 1}, 10),
+        ("comfort", {"peak": None}, 10),
+        ("comfort", {"peak": 2, "use": RARE, "paths": {}}, 5),
+    ],
+)
+def test_what_is_asked_of_a_case(asked, changes, answer):
+    """What the rules have in common: sizes and loads are those of one pool, and what nobody knows counts as nothing."""
+    assert getattr(Case(replace(HEALTHY, **changes), [], 0.01), asked) == answer
 
 
 def test_a_case_in_one_sentence():

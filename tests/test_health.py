@@ -73,6 +73,15 @@ def test_who_waits_for_too_long_is_harm():
     assert health.reasons == ("a request has waited 6.2 s for a connection (2 in line); more than 5 s is harm",)
 
 
+@pytest.mark.parametrize("pending", [0, None])
+def test_who_waits_alone(pending):
+    """Where nobody is in line, or nobody can tell, no line is spoken of; to wait for just so long is tolerable."""
+    health = judge(pool(3, pending=pending, oldest_wait_s=61.0), LIMITS)
+
+    assert health.reasons == ("a request has waited 61.0 s for a connection; more than 5 s is harm",)
+    assert judge(pool(3, pending=pending, oldest_wait_s=5.0), LIMITS).ready
+
+
 @pytest.mark.parametrize("error", HARM)
 def test_a_recent_failure_is_harm_for_a_while(error):
     """For a minute after the last one the pool is not ready; then it is, whatever came before."""
@@ -82,6 +91,12 @@ def test_a_recent_failure_is_harm_for_a_while(error):
     assert (past.status, past.ready, past.reasons) == ("healthy", True, ())
     assert HARM[error] in recent.reasons[0]
     assert "59 s ago" in recent.reasons[0]
+
+
+@pytest.mark.parametrize(("seconds", "ready"), [(60.0, False), (60.1, True)])
+def test_the_while_is_a_minute(seconds, ready):
+    """In the sixtieth second after a failure a pool is not ready; after it, it is."""
+    assert judge(pool(last_error_s={"timeout": seconds}), LIMITS).ready is ready
 
 
 def test_who_gave_up_by_himself_was_not_harmed():

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
+import logging
 import os
+import time
 import warnings
-from functools import wraps
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from opentelemetry.sdk.resources import Resource
+from stubs import AsyncDbapi, CallServer, Dbapi, Server, async_line, async_network, line, network
 
 import otel_pools
 from otel_pools import _registry
 from otel_pools.testing import Telemetry
 
-# A slice in CI; OTEL_POOLS_STEPS=1000000 is what docs/measurements.md tells of.
-STEPS = int(os.environ.get("OTEL_POOLS_STEPS", "3000"))
+# A slice in CI; with OTEL_POOLS_STEPS=100000 and random seeds what docs/measurements.md tells of.
+STEPS = int(os.environ.get("OTEL_POOLS_STEPS", "1500"))
 LONG = 100  # steps of one walk
 WALK = settings(
-    max_examples=max(1, STEPS // LONG),
     deadline=None,
     database=None,
     derandomize="OTEL_POOLS_STEPS" not in os.environ,
@@ -29,49 +36,30 @@ WALK = settings(
 SIZE, MORE = 2, 1  # of a pool: what it keeps, and what it may have beyond
 
 
-class Server:
-    """Whose connections are open; it refuses the next one if told so."""
-
-    def __init__(self):
-        self.open = set()
-        self.opened = self.closed = self.refusals = 0
-        self.refuses = False
-
-    def connect(self, connection):
-        if self.refuses:
-            self.refuses = False
-            self.refusals += 1
-            raise ConnectionRefusedError
-        self.open.add(id(connection))
-        self.opened += 1
-
-    def disconnect(self, connection):
-        if id(connection) in self.open:
-            self.open.discard(id(connection))
-            self.closed += 1
-
-
 def step(method):
     """One thing that may be done at any time; it gets a number, in case there is something to choose."""
-    method.is_step = True
+    method.weight = 10
     return method
 
 
 def rare_step(method):
-    """One that takes long, or ends what the others have begun: one time in five."""
+    """One that takes long, or ends what the others have begun: a fifth as often."""
+    method.weight = 2
+    return method
 
-    @wraps(method)
-    def sometimes(walk, number=0):
-        if number < 2:
-            method(walk)
 
-    return step(sometimes)
+def rarest_step(method):
+    """One after which another watches: half as often as that."""
+    method.weight = 1
+    return method
 
 
 class Walk:
     """A pool, what its model says should be told of it, and the steps that all libraries have."""
 
     target = ""
+    needs = "sqlalchemy"
+    slowness = 1  # of its steps so many times fewer are taken
 
     def __init__(self):
         gc.collect()
@@ -98,8 +86,27 @@ class Walk:
         self.held.clear()
         self.end()
 
-    def end(self):
-        """Leave nothing behind."""
+    def take(self):
+        """Borrow one, if there is one."""
+        self.learn(self.ask)
+
+    def learn(self, asked):
+        """Note what came of asking."""
+        try:
+            self.held.append(asked())
+        except asyncio.CancelledError:
+            self.cancelled += 1
+        except Served:
+            self.served += 1
+        except Exception as error:
+            if _is_of_server(error):
+                self.failed += 1
+            elif type(error).__name__ in self.exhausted:
+                self.refused += 1
+            else:
+                raise
+        else:
+            self.served += 1
 
     def left(self, held):
         """Note that what was borrowed is not any more."""
@@ -109,19 +116,39 @@ class Walk:
         else:
             self.ended += 1
 
-    def got_none(self, refusals):
-        """The server refused, if it has done so more often than that; otherwise the pool did."""
-        if self.server.refusals > refusals:
-            self.failed += 1
-        else:
-            self.refused += 1
+    # -- what each library does in its own way -----------------------------------------
+
+    exhausted = ()  # what its errors are called that say so
+
+    def make(self):
+        """Make the pool."""
+
+    def ask(self):
+        """Borrow."""
+
+    def give_back(self, held):
+        """The opposite."""
+
+    def open(self):
+        """Of the pool's connections, how many are."""
+        return len(self.server.open)
+
+    def pending(self):
+        """How many stand in line."""
+        return 0
+
+    def end(self):
+        """Close the pool."""
+
+    def leave(self):
+        """Leave nothing behind, whatever has happened."""
 
     # -- steps -------------------------------------------------------------------------
 
     @classmethod
     def names(cls):
-        """Of all steps."""
-        return [name for name in dir(cls) if getattr(getattr(cls, name), "is_step", False)]
+        """Of all steps, each as often as it is to be chosen."""
+        return [name for name in dir(cls) for _ in range(getattr(getattr(cls, name), "weight", 0))]
 
     def choose(self, number):
         """One of those that we hold; None if there is none."""
@@ -133,9 +160,9 @@ class Walk:
 
     @step
     def borrow_and_fail_to_open(self, number=0):
-        self.server.refuses = True
+        self.server.refusal = ConnectionRefusedError()
         self.take()
-        self.server.refuses = False
+        self.server.refusal = None
 
     @step
     def give_one_back(self, number=0):
@@ -151,7 +178,8 @@ class Walk:
         now = self.telemetry.read()
         told = self.told(now)
         truth = self.truth()
-        assert {key: (told[key], truth[key]) for key in told if told[key] != truth[key]} == {}
+        wrong = {key: (told[key], truth[key]) for key in told if told[key] != truth[key]}
+        assert not wrong, wrong
 
     def told(self, now):
         """What this export says."""
@@ -190,87 +218,195 @@ class Walk:
             "uses": self.ended,
             "created": self.server.opened - self.opened,
             "closed": self.server.closed - self.closed,
-            "pending": 0,
+            "pending": self.pending(),
             "orphaned": 0,
             "collected": self.collected,
         }
 
-    def open(self):
-        """Of the pool's connections, how many are."""
-        return len(self.server.open)
-
-    @rare_step
+    @rarest_step
     def stop_and_watch_again(self, number=0):
         otel_pools.uninstrument()
         self.unseen = list(self.held)
         self.begin()
 
-    @rare_step
+    @rarest_step
     def borrow_unwatched(self, number=0):
         otel_pools.uninstrument()
         self.take()
         self.unseen = list(self.held)
         self.begin()
 
-    @rare_step
+    @rarest_step
     def be_a_forked_child(self, number=0):
         """As if: what happens in a child after a fork, without the fork; whatever is out counts as the parent's."""
         _registry._after_fork()
-        self.unseen = list(self.held)
-        self.telemetry_of_child()
-
-    def telemetry_of_child(self):
         # The SDK's own counters go on here: in a real child they do as well.
-        otel_pools.uninstrument()
-        self.begin()
+        self.stop_and_watch_again()
+
+
+def _is_of_server(error):
+    """Whether it is the server that refused, and not the pool."""
+    while error is not None and not isinstance(error, ConnectionRefusedError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+class Served(Exception):
+    """Cancelled, but not while it waited for a connection."""
+
+
+class AsyncWalk(Walk):
+    """The same in asyncio: who asks is a task, which may stand in line, and be cancelled after any turn of the loop."""
+
+    ENOUGH = 30  # turns after which everybody has a connection, none, or to wait for somebody else
+
+    def __init__(self):
+        self.loop = asyncio.new_event_loop()
+        self.asking = {}  # who asks -> whether they began when we watched
+        super().__init__()
+
+    def begin(self):
+        super().begin()
+        self.asking = dict.fromkeys(self.asking, False)
+
+    def finish(self):
+        self.look()
+        self.nobody_asks()
+        super().finish()
+
+    def end(self):
+        self.run(self.shut())
+
+    async def shut(self):
+        """Close the pool."""
+
+    def leave(self):
+        self.loop.close()
+
+    async def ask(self, patient=True):
+        """Borrow, and stand in line for it if *patient*."""
+
+    async def return_(self, held):
+        """Give back."""
+
+    def run(self, coroutine):
+        return self.loop.run_until_complete(coroutine)
+
+    def turn(self, number):
+        """Let the loop turn so often, and see who has got what."""
+        self.run(self._turn(number))
+        for task in [one for one in self.asking if one.done()]:
+            learn = self.learn if self.asking.pop(task) else self.learn_uncounted
+            learn(task.result)
+
+    async def _turn(self, number):
+        for _ in range(number):
+            await asyncio.sleep(0)
+
+    def learn_uncounted(self, asked):
+        """They began to ask when nobody watched."""
+        counts, held = (self.served, self.refused, self.failed, self.cancelled), len(self.held)
+        self.learn(asked)
+        self.served, self.refused, self.failed, self.cancelled = counts
+        self.unseen += self.held[held:]
+
+    def nobody_asks(self):
+        """All are cancelled."""
+        for task in self.asking:
+            task.cancel()
+        self.turn(self.ENOUGH)
+
+    def take(self, patient=True, turns=ENOUGH):
+        self.asking[self.loop.create_task(self.ask(patient))] = True
+        self.turn(turns)
+
+    def give_back(self, held):
+        self.run(self.return_(held))
+
+    @step
+    def borrow_at_once_or_not_at_all(self, number=0):
+        self.take(patient=False)
+
+    @step
+    def begin_to_borrow(self, number=0):
+        self.take(turns=1 + number % 5)  # before its first turn it has not even asked
+
+    @step
+    def wait_a_little(self, number=0):
+        self.turn(1 + number % 3)
+
+    @step
+    def give_up(self, number=0):
+        """Cancel somebody who asks."""
+        if self.asking:
+            list(self.asking)[number % len(self.asking)].cancel()
+            self.turn(1 + number % 3)
+
+    @step
+    def give_one_back_and_be_cancelled(self, number=0):
+        if (held := self.choose(number)) is None:
+            return
+        self.left(held)
+        task = self.loop.create_task(self.return_(held))
+        self.turn(1 + number % 4)
+        task.cancel()
+        self.turn(self.ENOUGH)
+        assert task.done()
+        task.cancelled() or task.result()
+
+    @rare_step
+    def look(self, number=0):
+        gc.collect()  # which may give somebody what another one has dropped
+        self.turn(self.ENOUGH)
+        super().look()
+
+    @rarest_step
+    def stop_and_watch_again(self, number=0):
+        self.turn(self.ENOUGH)  # who is connecting now is nobody's
+        super().stop_and_watch_again()
+
+    @rarest_step
+    def borrow_unwatched(self, number=0):
+        self.turn(self.ENOUGH)
+        super().borrow_unwatched()
+
+    @rarest_step
+    def be_a_forked_child(self, number=0):
+        self.turn(self.ENOUGH)
+        super().be_a_forked_child()
+
+    def pending(self):
+        return len(self.asking)
 
 
 # -- SQLAlchemy --------------------------------------------------------------------------
 
 
-class Dbapi:
-    """A connection of a driver, to that server."""
-
-    def __init__(self, server):
-        self.server = server
-        server.connect(self)
-
-    def rollback(self): ...
-    def close(self):
-        self.server.disconnect(self)
-
-    def __del__(self):
-        # The system closes what nobody did: of a pool that was replaced, and of which nothing is left.
-        self.server.open.discard(id(self))
-
-
 class SQLAlchemy(Walk):
     target = "sqlalchemy"
+    exhausted = ("TimeoutError",)
+    url, kind, dbapi, patience = "sqlite://", "QueuePool", Dbapi, 0
 
     def make(self):
-        from sqlalchemy import create_engine
-        from sqlalchemy.pool import QueuePool
+        from sqlalchemy import create_engine, pool
 
         self.loose = []  # detached: open, and not the pool's
-        options = {"pool_size": SIZE, "max_overflow": MORE, "pool_timeout": 0, "poolclass": QueuePool}
-        self.engine = create_engine("sqlite://", creator=lambda: Dbapi(self.server), _initialize=False, **options)
+        options = {"pool_size": SIZE, "max_overflow": MORE, "pool_timeout": self.patience}
+        options |= {"poolclass": getattr(pool, self.kind), "_initialize": False}
+        self.engine = create_engine(self.url, creator=lambda: self.dbapi(self.server), **options)
+
+    def do(self, what, *args, **kwargs):
+        """Do it here and now."""
+        return what(*args, **kwargs)
 
     def open(self):
         return len(self.server.open) - len(self.loose)
 
-    def take(self):
-        from sqlalchemy.exc import TimeoutError as PoolTimeout
-
-        try:
-            self.held.append(self.engine.raw_connection())
-            self.served += 1
-        except PoolTimeout:
-            self.refused += 1
-        except ConnectionRefusedError:
-            self.failed += 1
+    def ask(self):
+        return self.engine.raw_connection()
 
     def give_back(self, held):
-        held.close()
+        self.do(held.close)
 
     @step
     def drop(self, number=0):
@@ -280,14 +416,14 @@ class SQLAlchemy(Walk):
         self.collected += not any(one is held for one in self.unseen)
         self.left(held)
         del held
-        gc.collect(0)
+        gc.collect()
 
     @step
     def invalidate(self, number=0):
         if (held := self.choose(number)) is None:
             return
         soft = number >= 5
-        held.invalidate(soft=soft)
+        self.do(held.invalidate, soft=soft)
         if not soft:
             self.left(held)
 
@@ -302,11 +438,11 @@ class SQLAlchemy(Walk):
     @step
     def close_detached(self, number=0):
         if self.loose:
-            self.loose.pop().close()
+            self.do(self.loose.pop().close)
 
     @rare_step
     def dispose(self, number=0):
-        self.engine.dispose()
+        self.do(self.engine.dispose)
 
     @rare_step
     def rename(self, number=0):
@@ -314,75 +450,51 @@ class SQLAlchemy(Walk):
 
     def end(self):
         while self.loose:
-            self.loose.pop().close()
-        self.engine.dispose()
+            self.close_detached()
+        self.dispose()
+        super().end()
+
+
+class AsyncSQLAlchemy(AsyncWalk, SQLAlchemy):
+    url, kind, dbapi, patience = "sqlite+aiosqlite://", "AsyncAdaptedQueuePool", AsyncDbapi, None
+
+    def do(self, what, *args, **kwargs):
+        """In a greenlet, as SQLAlchemy's own asyncio classes do."""
+        from sqlalchemy.util import greenlet_spawn
+
+        return self.run(greenlet_spawn(what, *args, **kwargs))
+
+    async def ask(self, patient=True):
+        from sqlalchemy.util import greenlet_spawn
+
+        self.engine.pool._timeout = None if patient else 0  # of this one: it is read when one asks
+        return await greenlet_spawn(self.engine.raw_connection)
+
+    async def return_(self, held):
+        from sqlalchemy.util import greenlet_spawn
+
+        await greenlet_spawn(held.close)
+
+    def end(self):
+        SQLAlchemy.end(self)
 
 
 # -- redis -------------------------------------------------------------------------------
 
 
-def stub(server):
-    """A class of connections to that server, opened and closed by redis-py's own methods."""
-    from redis.connection import AbstractConnection
-
-    class Stub(AbstractConnection):
-        host, port = "stub", 0
-
-        def __init__(self, **_):
-            super().__init__(protocol=2)
-
-        def repr_pieces(self):
-            return []
-
-        def _connect(self):
-            server.connect(self)
-            return Line(server, self)
-
-        def on_connect(self): ...
-        def on_connect_check_health(self, check_health=True): ...
-        def can_read(self, timeout=0):
-            return False
-
-        def _host_error(self):
-            return "stub"
-
-    return Stub
-
-
-class Line:
-    """What stands for a socket, or for asyncio's streams."""
-
-    def __init__(self, server, connection):
-        self.server = server
-        self.key = connection
-
-    def shutdown(self, *_): ...
-    def close(self):
-        self.server.disconnect(self.key)
-
-    async def wait_closed(self):
-        await asyncio.sleep(0)
-
-
 class Redis(Walk):
-    target = "redis"
-    blocking = False
+    target = needs = "redis"
+    exhausted = ("ConnectionError", "MaxConnectionsError")
+    kind, more = "redis:ConnectionPool", {}
+    stub = staticmethod(line)
 
     def make(self):
-        redis = pytest.importorskip("redis")
-        kind = redis.BlockingConnectionPool if self.blocking else redis.ConnectionPool
-        more = {"timeout": 0} if self.blocking else {}
-        self.pool = kind(connection_class=stub(self.server), max_connections=SIZE + MORE, **more)
+        module, _, name = self.kind.partition(":")
+        kind = getattr(importlib.import_module(module), name)
+        self.pool = kind(connection_class=self.stub(self.server), max_connections=SIZE + MORE, **self.more)
 
-    def take(self):
-        import redis
-
-        refusals = self.server.refusals
-        try:
-            self.held.append(self.pool.get_connection())
-            self.served += 1
-        except (redis.ConnectionError, ConnectionRefusedError):
-            self.got_none(refusals)
+    def ask(self):
+        return self.pool.get_connection()
 
     def give_back(self, held):
         self.pool.release(held)
@@ -413,147 +525,74 @@ class Redis(Walk):
 
 
 class BlockingRedis(Redis):
-    blocking = True
+    kind, more = "redis:BlockingConnectionPool", {"timeout": 0}
 
     disconnect_idle = None  # it knows no such thing before 5.3
 
 
-# -- asyncio -----------------------------------------------------------------------------
+class AsyncRedis(AsyncWalk, Redis):
+    kind = "redis.asyncio:ConnectionPool"
+    stub = staticmethod(async_line)
 
+    def pending(self):
+        # Who gives back stands in the same line, so that only those are told whom we have seen asking.
+        return sum(self.asking.values())
 
-def async_stub(server):
-    """The same for asyncio: to open takes two turns of the event loop, to close one."""
-    from redis.asyncio.connection import AbstractConnection
+    async def ask(self, patient=True):
+        self.pool.timeout = None if patient else 0
+        return await self.pool.get_connection()
 
-    class Stub(AbstractConnection):
-        host, port = "stub", 0
-
-        def __init__(self, **_):
-            super().__init__(protocol=2)
-
-        def repr_pieces(self):
-            return []
-
-        async def _connect(self):
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            server.connect(self)
-            self._reader = self._writer = Line(server, self)
-
-        async def on_connect(self): ...
-        async def on_connect_check_health(self, check_health=True): ...
-        async def can_read_destructive(self):
-            return False
-
-        can_read = can_read_destructive
-
-        def _host_error(self):
-            return "stub"
-
-    return Stub
-
-
-class AsyncRedis(Walk):
-    target = "redis"
-    blocking = False
-
-    def make(self):
-        pytest.importorskip("redis")
-        import redis.asyncio as redis
-
-        self.loop = asyncio.new_event_loop()
-        kind = redis.BlockingConnectionPool if self.blocking else redis.ConnectionPool
-        more = {"timeout": None} if self.blocking else {}
-        self.pool = kind(connection_class=async_stub(self.server), max_connections=SIZE + MORE, **more)
-
-    def take(self, patience=50):
-        """Ask, and give up after so many turns of the event loop."""
-        self.loop.run_until_complete(self._take(patience))
-
-    async def _take(self, patience):
-        import redis
-
-        refusals = self.server.refusals
-        task = asyncio.ensure_future(self.pool.get_connection())
-        for _ in range(patience):
-            await asyncio.sleep(0)
-            if task.done():
-                break
-        task.cancel()
-        try:
-            self.held.append(await task)
-            self.served += 1
-        except asyncio.CancelledError:
-            self.cancelled += 1
-        except (redis.ConnectionError, ConnectionRefusedError):
-            self.got_none(refusals)
+    async def return_(self, held):
+        await self.pool.release(held)
 
     @step
-    def borrow_and_give_up(self, number=0):
-        self.take(1 + number % 5)  # before its first turn it has not even asked
-
-    def give_back(self, held):
-        self.loop.run_until_complete(self.pool.release(held))
+    def disconnect_all(self, number=0):
+        self.run(self.pool.disconnect())
 
     @step
     def disconnect_idle(self, number=0):
-        self.loop.run_until_complete(self.pool.disconnect(inuse_connections=False))
+        self.run(self.pool.disconnect(inuse_connections=False))
 
-    def open(self):
-        return len(self.server.open) + sum(id(held) not in self.server.open for held in self.held)
+    @step
+    def reconnect(self, number=0):
+        if (held := self.choose(number)) is None:
+            return
+        self.run(held.disconnect())
+        self.run(held.connect())
 
-    def end(self):
-        self.loop.run_until_complete(self.pool.disconnect())
-        self.loop.close()
+    async def shut(self):
+        await self.pool.disconnect()
+
+    end = AsyncWalk.end
 
 
 class BlockingAsyncRedis(AsyncRedis):
-    blocking = True
+    kind = "redis.asyncio:BlockingConnectionPool"
 
 
 # -- httpx -------------------------------------------------------------------------------
 
 
-def network(library, server):
-    """A network whose every connection has an answer ready."""
-
-    class Stream(library.NetworkStream):
-        def read(self, *_, **__):
-            return b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-
-        def write(self, *_, **__): ...
-        def close(self):
-            server.disconnect(self)
-
-        def get_extra_info(self, _): ...
-
-    class Backend(library.NetworkBackend):
-        def connect_tcp(self, *_, **__):
-            stream = Stream()
-            server.connect(stream)
-            return stream
-
-    return Backend()
-
-
 class HTTP(Walk):
     target = "httpx"
-    library = "httpcore"
+    exhausted = ("PoolTimeout",)
+    needs = "httpcore"
+    kind = "ConnectionPool"
+    network = staticmethod(network)
 
     def make(self):
-        self.core = pytest.importorskip(self.library)
+        self.core = importlib.import_module(self.needs)
         limits = {"max_connections": SIZE + MORE, "max_keepalive_connections": SIZE}
-        self.pool = self.core.ConnectionPool(network_backend=network(self.core, self.server), **limits)
+        _, network = self.network(self.core)
+        self.pool = getattr(self.core, self.kind)(network_backend=network(self.server), **limits)
 
-    def take(self):
-        refusals = self.server.refusals
+    def request(self, patience):
         asked = self.core.Request("GET", "http://example.org/", headers=[("Host", "example.org")])
-        asked.extensions["timeout"] = {"pool": 0.0001}
-        try:
-            self.held.append(self.pool.handle_request(asked))
-            self.served += 1
-        except (self.core.PoolTimeout, ConnectionRefusedError):
-            self.got_none(refusals)
+        asked.extensions["timeout"] = {"pool": patience}
+        return asked
+
+    def ask(self):
+        return self.pool.handle_request(self.request(0.0001))
 
     def give_back(self, held):
         held.read()
@@ -565,7 +604,10 @@ class HTTP(Walk):
         held = self.choose(number)
         if held is not None and not any(held is one for one in self.unseen):
             self.left(held)
-            held.close()
+            self.close(held)
+
+    def close(self, held):
+        held.close()
 
     def told(self, now):
         told = super().told(now)
@@ -573,6 +615,7 @@ class HTTP(Walk):
         active = sum(point.value for point in opened if point.attributes["http.connection.state"] == "active")
         told |= {"used": active, "open": sum(point.value for point in opened)}
         told["waits"] = now.value("http.client.request.time_in_queue")
+        told["pending"] = now.value("otel_pools.connection.pending_requests")
         del told["uses"]  # an HTTP pool has no such histogram
         if "http.client.open_connections" not in now.metrics:
             told |= {"used": len(self.held), "open": self.open()}
@@ -583,18 +626,361 @@ class HTTP(Walk):
 
 
 class HTTPCore2(HTTP):
-    library = "httpcore2"
+    needs = "httpcore2"
 
 
-WALKS = [SQLAlchemy, Redis, BlockingRedis, AsyncRedis, BlockingAsyncRedis, HTTP, HTTPCore2]
+class AsyncHTTP(AsyncWalk, HTTP):
+    kind = "AsyncConnectionPool"
+    network = staticmethod(async_network)
+
+    def make(self):
+        self.lost = set()  # open, and httpcore will never use them
+        super().make()
+
+    def open(self):
+        return len(self.server.open - self.lost)
+
+    def begin(self):
+        self.nobody_asks()  # what who asks now would open later is not counted: see below
+        super().begin()
+        self.doubtful = 0  # of those cancelled, who may have had a connection, one that had been idle
+
+    async def ask(self, patient=True):
+        request = self.request(None if patient else 0)
+        met = {}
+
+        async def trace(name, info):
+            met[name] = info
+
+        request.extensions["trace"] = trace
+        try:
+            return await self.pool.handle_async_request(request)
+        except asyncio.CancelledError:
+            connected = met.get("connection.connect_tcp.complete")
+            if connected and id(connected["return_value"]) in self.server.open:
+                self.lost.add(id(connected["return_value"]))
+            if connected or "http11.send_request_headers.started" in met:
+                # It had what it was waiting for, though its request came to nothing.
+                raise Served from None
+            self.doubtful += not met
+            raise
+
+    async def return_(self, held):
+        await held.aread()
+        await held.aclose()
+
+    def close(self, held):
+        self.run(held.aclose())
+
+    @rare_step
+    def look(self, number=0):
+        self.turn(self.ENOUGH)
+        self.telemetry.read()  # what is orphaned must be so twice
+        super().look()
+
+    def told(self, now):
+        told = super().told(now)
+        # A place that httpcore has lost is taken by nobody.
+        told["used"] -= told["orphaned"]
+        told["open"] -= told.pop("orphaned")
+        if 0 <= (had := told["served"] - self.served) <= self.doubtful:
+            told["served"] -= had
+            told["cancelled"] += had
+        return told
+
+    def finish(self):
+        self.nobody_asks()
+        self.look()
+        lost = self.telemetry.value("otel_pools.connection.orphaned")
+        for _ in range(SIZE + MORE):
+            self.take(patient=False)
+        assert len(self.held) == SIZE + MORE - lost  # nobody gets what is lost
+        super().finish()
+
+    async def shut(self):
+        await self.pool.aclose()
+
+    end = AsyncWalk.end
+
+
+class AsyncHTTPCore2(AsyncHTTP):
+    needs = "httpcore2"
+
+
+# -- qdrant ------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """A call over gRPC; *free* if it ends by itself as soon as there is a stream for it."""
+
+    client: object
+    name: str
+    future: object
+    free: bool = False
+
+
+class Qdrant(Walk):
+    """Calls over gRPC to a real server, in which nothing is behind; what is borrowed is a stream."""
+
+    target = "qdrant"
+    needs = "qdrant_client"
+    slowness = 10
+    EAGER = {f"grpc.{name}_reconnect_backoff_ms": 50 for name in ("initial", "min", "max")}
+    PATIENCE = 10  # seconds for what must happen
+    MOST = 8  # calls under way
+
+    def make(self):
+        self.grpc = CallServer(SIZE)
+        self.clients, self.shut = [], []
+        self.begun = 0
+        self.make_client()
+
+    def finish(self):
+        self.look()
+        self.let_all_go()
+        super().finish()
+
+    def leave(self):
+        while self.clients:
+            self.clients.pop().close()
+        self.grpc.stop()
+
+    # -- calls -------------------------------------------------------------------------
+
+    def client(self, number):
+        return self.clients[number % len(self.clients)]
+
+    def start(self, client, free=False, *said, **more):
+        """Begin a call, past the client's own interceptor, which would wait for its end."""
+        client.grpc_collections  # noqa: B018  # makes the channels
+        channels = client._client._grpc_channel_pool
+        self.begun += 1
+        name = str(self.begun)
+        inner = channels[self.begun % len(channels)]._channel.unary_unary("/qdrant.Collections/List")
+        self.held.append(Call(client, name, inner.future(b"", metadata=(("name", name), *said), **more), free))
+        return self.held[-1]
+
+    def answers(self, client):
+        """Whether it is connected and there is a stream for it."""
+        try:
+            client.get_collections()
+        except Exception:
+            self.failed += 1
+            return False
+        self.served += 1
+        return True
+
+    def let_go(self, call):
+        call.free = True
+        self.grpc.let_go(call.name)
+
+    def let_all_go(self):
+        """Until nothing is under way."""
+        for call in self.held:
+            self.let_go(call)
+        self.comes(lambda: not self.held)
+
+    def reap(self):
+        """Note how the calls ended that have."""
+        for call in [call for call in self.held if call.future.done()]:
+            self.held.remove(call)
+            if call.future.code().name == "OK":
+                self.served += 1
+            else:
+                self.failed += 1
+
+    def comes(self, true):
+        """Wait for it."""
+        end = time.monotonic() + self.PATIENCE
+        while self.reap() or not true():
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    def calm(self):
+        """Of what is under way nothing ends by itself, so that it is clear how it ends."""
+        self.look()
+        if any(call.free for call in self.held):
+            self.let_all_go()
+
+    # -- steps -------------------------------------------------------------------------
+
+    borrow = borrow_and_fail_to_open = borrow_unwatched = give_one_back = be_a_forked_child = None
+
+    @step
+    def call(self, number=0):
+        self.let_go(self.start(self.client(number)))
+
+    @step
+    def call_and_be_refused(self, number=0):
+        self.start(self.client(number), True, ("refuse", ""))
+
+    @step
+    def call_too_long(self, number=0):
+        """The deadline passes."""
+        self.start(self.client(number), timeout=0.005).future.code()
+
+    @step
+    def begin_to_call(self, number=0):
+        self.reap()
+        if len(self.held) < self.MOST:
+            self.start(self.client(number))
+
+    @step
+    def begin_to_call_several_times(self, number=0):
+        for _ in range(3):
+            self.begin_to_call(number)
+
+    @step
+    def let_one_go(self, number=0):
+        """Perhaps before the server has begun it."""
+        if self.held:
+            self.let_go(self.choose(number))
+
+    @step
+    def cancel_one(self, number=0):
+        """Unless it may be ending: then its caller and gRPC may differ on how."""
+        if self.held and not (call := self.choose(number)).free:
+            call.future.cancel()
+
+    @rare_step
+    def make_client(self, number=0):
+        from qdrant_client import QdrantClient
+
+        if len(self.clients) > SIZE:
+            return
+        options = self.EAGER | ({"grpc.use_local_subchannel_pool": 1} if number % 2 else {})
+        at = {"host": self.grpc.HOST, "grpc_port": self.grpc.port, "prefer_grpc": True, "verify": False}
+        self.clients.append(QdrantClient(**at, grpc_options=options, check_compatibility=False))
+
+    @rare_step
+    def close_client(self, number=0):
+        """Whatever it has under way is cut off."""
+        self.calm()
+        client = self.clients.pop(number % len(self.clients))
+        client.close()
+        self.shut.append(client)  # who goes is closed once more: see below
+        self.comes(lambda: not any(call.client is client for call in self.held))
+        self.clients or self.make_client(number)
+
+    @rare_step
+    def drop_client(self, number=0):
+        """If it has nothing under way."""
+        self.calm()
+        client = self.client(number)
+        if not any(call.client is client for call in self.held):
+            self.clients.remove(client)
+        del client
+        gc.collect()
+        self.clients or self.make_client(number)
+
+    @rarest_step
+    def outage(self, number=0):
+        self.grpc.stop()
+        self.comes(lambda: not self.held)
+        self.answers(self.client(number))
+        self.look()
+        self.grpc.start()
+        for client in self.clients:
+            while not self.answers(client):
+                time.sleep(0.001)
+
+    @rarest_step
+    def stop_and_watch_again(self, number=0):
+        self.calm()
+        super().stop_and_watch_again()
+        self.unseen.clear()  # whoever began a call, its end is counted
+
+    @rarest_step
+    def call_unwatched(self, number=0):
+        self.let_all_go()
+        self.look()
+        otel_pools.uninstrument()
+        self.answers(self.client(number))
+        self.begin()
+
+    @rare_step
+    def look(self, number=0):
+        """What gRPC has written down comes to be the truth; it may take a moment to write it."""
+        end = time.monotonic() + self.PATIENCE
+        while True:
+            gc.collect()
+            self.reap()
+            now = self.telemetry.read()
+            told, truth = self.told(now), self.truth()
+            wrong = {key: (told[key], truth[key]) for key in told if told[key] != truth[key]}
+            # The system's list is long, and asked last.
+            wrong = wrong or {"open": self.grpc.connections() - now.count("used") - now.count("idle")}
+            if not any(wrong.values()):
+                return
+            assert time.monotonic() < end, wrong
+            time.sleep(0.003)
+
+    def told(self, now):
+        states = now.points("otel_pools.grpc.channels")
+        return {
+            "served": self._errors(now, None),
+            "failed": sum(now.checkouts().values()) - self._errors(now, None),
+            "used": now.count("used"),
+            "streams": now.value("otel_pools.stream.count", otel_pools__stream__state="used"),
+            "waiting": now.value("otel_pools.stream.count", otel_pools__stream__state="pending"),
+            "pending": now.value("db.client.connection.pending_requests"),
+            "states": {one.attributes["otel_pools.grpc.state"]: one.value for one in states if one.value},
+        }
+
+    def truth(self):
+        running = list(self.grpc.running.values())
+        waiting = len(self.held) - sum(running)
+        return {
+            "served": self.served,
+            "failed": self.failed,
+            "used": sum(map(bool, running)),
+            "streams": sum(running),
+            "waiting": waiting,
+            "pending": waiting,
+            "states": Counter(map(_state, self.channels())),
+        }
+
+    def channels(self):
+        """Of all clients."""
+        return [channel for client in self.clients for channel in client._client._grpc_channel_pool]
+
+
+def _state(channel):
+    """What the channel says itself, inside of what is around it."""
+    while not hasattr(channel, "check_connectivity_state"):
+        channel = channel._channel
+    return ("idle", "connecting", "ready", "transient_failure", "shutdown")[channel.check_connectivity_state(False)]
+
+
+WALKS = [
+    SQLAlchemy,
+    AsyncSQLAlchemy,
+    Redis,
+    BlockingRedis,
+    AsyncRedis,
+    BlockingAsyncRedis,
+    HTTP,
+    HTTPCore2,
+    AsyncHTTP,
+    AsyncHTTPCore2,
+    Qdrant,
+]
 
 
 @pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.__name__)
 @pytest.mark.timeout(0 if "OTEL_POOLS_STEPS" in os.environ else 120)
-def test_whatever_is_done_the_numbers_are_right(walk):
+def test_whatever_is_done_the_numbers_are_right(walk, monkeypatch):
     """Of every sequence of steps that was tried."""
+    pytest.importorskip(walk.needs)
+    # What this process is, and what is installed in it, is looked up in files each time.
+    monkeypatch.setattr(Resource, "create", lambda *_: Resource({}))
+    monkeypatch.setattr(metadata, "version", lru_cache(metadata.version))
+    monkeypatch.setattr(
+        logging.root.manager, "disable", logging.CRITICAL
+    )  # of what is dropped and refused there is much
 
-    @WALK
+    @settings(WALK, max_examples=max(1, STEPS // LONG // walk.slowness))
     @given(st.lists(st.tuples(st.sampled_from(walk.names()), st.integers(0, 9)), min_size=LONG, max_size=LONG))
     def go(steps):
         on = walk()
@@ -604,7 +990,56 @@ def test_whatever_is_done_the_numbers_are_right(walk):
             on.finish()
         finally:
             otel_pools.uninstrument()
+            on.leave()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
+        warnings.filterwarnings("ignore", "The garbage collector is trying to clean up")
         go()
+
+
+# -- what these walks found, and step round since ------------------------------------------
+
+
+@pytest.mark.xfail(
+    strict=True, reason="QdrantClient.close() twice (as its __del__ does) tells another's calls as failed"
+)
+def test_a_qdrant_client_that_is_closed_again_cuts_off_nobody():
+    """What another client of that server has under way goes on, and is not told as failed."""
+    pytest.importorskip("qdrant_client")
+    walk = Qdrant()
+    try:
+        walk.begin_to_call()
+        walk.make_client()
+        walk.look()
+        for _ in range(2):
+            walk.clients[1].close()
+
+        assert walk.told(walk.telemetry.read())["failed"] == 0
+    finally:
+        otel_pools.uninstrument()
+        walk.let_all_go()
+        walk.leave()
+
+
+@pytest.mark.xfail(strict=True, reason="a connection that is opened for a request from before instrument() goes unseen")
+def test_an_http_connection_opened_for_who_waited_before_we_came_is_counted():
+    """Who stood in line then, and opens one now, has opened one."""
+    pytest.importorskip("httpcore")
+    walk = AsyncHTTP()
+    try:
+        for _ in range(SIZE + MORE + 1):
+            walk.borrow()
+        otel_pools.uninstrument()
+        AsyncWalk.begin(walk)
+        opened = walk.server.opened
+        walk.give_one_back()
+        walk.turn(walk.ENOUGH)
+
+        assert walk.server.opened == opened + 1
+        assert walk.telemetry.value("otel_pools.connection.created") == 1
+    finally:
+        otel_pools.uninstrument()
+        walk.nobody_asks()
+        walk.end()
+        walk.leave()

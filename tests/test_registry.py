@@ -123,13 +123,14 @@ def test_on_purpose_is_not_overdue(registry, now):
 
 def test_a_pool_is_met_once(registry):
     """Whoever meets it again gets the same record."""
-    watched, pool, other = registry(), Pool(), Pool()
+    watched, pool, other, new = registry(), Pool(), Pool(), Pool()
     watch = watched.meet(pool)
 
     assert watched.meet(pool) is watch
     assert watched.find(pool) is watch
     assert watched.meet(other) is not watch
-    assert watched.watches == {id(pool): watch, id(other): watched.find(other)}
+    assert watched.find(new).pool() is new
+    assert watched.watches == {id(pool): watch, id(other): watched.find(other), id(new): watched.find(new)}
     assert watch.pool() is pool
 
 
@@ -314,6 +315,17 @@ def test_a_resting_pool_wakes(registry):
     assert (watched.watches, watched.resting) == ({id(pool): watch}, {})
 
 
+def test_while_one_rests_another_is_met(registry):
+    """That some were replaced is nothing to a new pool."""
+    watched, old, new = registry(), Pool(), Pool()
+    resting = watched.meet(old)
+    watched.close_down(old)
+    watch = watched.meet(new)
+
+    assert watch.pool() is new
+    assert watched.pools() == [watch, resting]
+
+
 def test_a_pool_that_two_wake_is_woken_once(registry):
     """Who comes second gets the record that the first has put back."""
     watched, pool = registry(), Pool()
@@ -479,6 +491,14 @@ def test_idle_sockets_are_looked_at_if_somebody_wants_to_know(registry, quiet):
         each.close()
 
     assert found == [1, None, None]
+
+
+def test_where_idle_sockets_cannot_be_told_nobody_asks(registry):
+    """A library without them is no mistake of ours, and nothing is said of its pools' sockets."""
+    watched, pool = registry(Settings(poll_idle=True), idle_sockets=None), Pool()
+    watched.meet(pool)
+
+    assert told(watched)["one"].snapshot == Snapshot(used=0)
 
 
 @pytest.mark.parametrize(

@@ -249,8 +249,9 @@ class Outbox:
 
     def restart(self, held: int) -> None:
         """Let a new period begin; *held* is how many connections are out."""
-        with self._alone():
-            self._fold()
+        with self._alone() as alone:
+            if alone:  # or what another counts just now would be counted twice
+                self._fold()
             self.period.restart(self._tally(), held)
 
     def _fold(self, *, collecting: bool = False) -> None:

@@ -182,8 +182,8 @@ class Watch:
     def __init__(self, pool: weakref.ref[Any], ledger: Ledger, registry: Registry) -> None:
         self.pool = pool
         self.ledger: Ledger
-        self.waiting: dict[float, float] = {}
-        self.leases: dict[int, Lease] = {}
+        self.waiting: dict[float, float]
+        self.leases: dict[int, Lease]
         self.holding: dict[int, int | set[int]] = {}  # who -> id of what it has of this pool, or the ids
         self.owners = registry.owners  # shared by all pools: id of a connection -> whose it is
         self.members: dict[int, KeyedRef] = {}  # the connections we have met, held weakly
