@@ -1001,9 +1001,6 @@ def test_whatever_is_done_the_numbers_are_right(walk, monkeypatch):
 # -- what these walks found, and step round since ------------------------------------------
 
 
-@pytest.mark.xfail(
-    strict=True, reason="QdrantClient.close() twice (as its __del__ does) tells another's calls as failed"
-)
 def test_a_qdrant_client_that_is_closed_again_cuts_off_nobody():
     """What another client of that server has under way goes on, and is not told as failed."""
     pytest.importorskip("qdrant_client")

@@ -229,9 +229,10 @@ def closes(registry: Registry, remote: Any) -> None:
 
     It may be the garbage collector who closes it, anywhere: here nobody waits
     for a lock, and in the midst of a reading the client is left to that.
+    Closed again, as the client does when it is collected, it has no more calls.
     """
     pool = server(remote)
-    watch = registry.find(pool) if complete(pool) else None
+    watch = registry.find(pool) if id(remote) in pool.clients and complete(pool) else None
     if watch is not None and _books.lock.acquire(blocking=False):
         try:
             if (ended := _last_words(pool)) is not None:
