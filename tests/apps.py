@@ -9,10 +9,10 @@ import traceback
 import httpcore
 import redis
 import redis.asyncio
+from doubles import AsyncDbapi, Dbapi, Server, async_line, async_network, line, network
 from sqlalchemy import create_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
 from sqlalchemy.util import greenlet_spawn
-from stubs import AsyncDbapi, Dbapi, Server, async_line, async_network, line, network
 
 
 def told(error, own):

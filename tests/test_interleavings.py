@@ -15,10 +15,10 @@ from functools import lru_cache
 from importlib import metadata
 
 import pytest
+from doubles import AsyncDbapi, CallServer, Dbapi, Server, async_line, async_network, line, network
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from opentelemetry.sdk.resources import Resource
-from stubs import AsyncDbapi, CallServer, Dbapi, Server, async_line, async_network, line, network
 
 import otel_pools
 from otel_pools import _registry
@@ -732,7 +732,7 @@ class Qdrant(Walk):
 
     def make(self):
         self.grpc = CallServer(SIZE)
-        self.clients, self.shut = [], []
+        self.clients = []
         self.begun = 0
         self.make_client()
 
@@ -859,7 +859,6 @@ class Qdrant(Walk):
         self.calm()
         client = self.clients.pop(number % len(self.clients))
         client.close()
-        self.shut.append(client)  # who goes is closed once more: see below
         self.comes(lambda: not any(call.client is client for call in self.held))
         self.clients or self.make_client(number)
 

@@ -20,9 +20,9 @@ import apps
 import pytest
 import webs
 from apps import APPS
+from doubles import Dbapi, Server
 from opentelemetry.sdk import metrics as sdk
 from proxy import HOST, Proxy
-from stubs import Dbapi, Server
 from test_network import GatedHTTP1
 
 import otel_pools
