@@ -641,7 +641,6 @@ class AsyncHTTP(AsyncWalk, HTTP):
         return len(self.server.open - self.lost)
 
     def begin(self):
-        self.nobody_asks()  # what who asks now would open later is not counted: see below
         super().begin()
         self.doubtful = 0  # of those cancelled, who may have had a connection, one that had been idle
 
@@ -975,9 +974,6 @@ def test_whatever_is_done_the_numbers_are_right(walk, monkeypatch):
     # What this process is, and what is installed in it, is looked up in files each time.
     monkeypatch.setattr(Resource, "create", lambda *_: Resource({}))
     monkeypatch.setattr(metadata, "version", lru_cache(metadata.version))
-    monkeypatch.setattr(
-        logging.root.manager, "disable", logging.CRITICAL
-    )  # of what is dropped and refused there is much
 
     @settings(WALK, max_examples=max(1, STEPS // LONG // walk.slowness))
     @given(st.lists(st.tuples(st.sampled_from(walk.names()), st.integers(0, 9)), min_size=LONG, max_size=LONG))
@@ -991,10 +987,14 @@ def test_whatever_is_done_the_numbers_are_right(walk, monkeypatch):
             otel_pools.uninstrument()
             on.leave()
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        warnings.filterwarnings("ignore", "The garbage collector is trying to clean up")
-        go()
+    logging.disable()  # there is much of what is dropped and refused
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            warnings.filterwarnings("ignore", "The garbage collector is trying to clean up")
+            go()
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # -- what these walks found, and step round since ------------------------------------------
@@ -1018,7 +1018,6 @@ def test_a_qdrant_client_that_is_closed_again_cuts_off_nobody():
         walk.leave()
 
 
-@pytest.mark.xfail(strict=True, reason="a connection that is opened for a request from before instrument() goes unseen")
 def test_an_http_connection_opened_for_who_waited_before_we_came_is_counted():
     """Who stood in line then, and opens one now, has opened one."""
     pytest.importorskip("httpcore")
@@ -1027,7 +1026,7 @@ def test_an_http_connection_opened_for_who_waited_before_we_came_is_counted():
         for _ in range(SIZE + MORE + 1):
             walk.borrow()
         otel_pools.uninstrument()
-        AsyncWalk.begin(walk)
+        walk.begin()
         opened = walk.server.opened
         walk.give_one_back()
         walk.turn(walk.ENOUGH)

@@ -123,7 +123,7 @@ def test_a_request_that_comes_by_itself_is_left_alone():
     request = Request()
     place = SimpleNamespace(request=request, connection=None)
     row = _visits.wait("m:Place.wait", ended=lambda _: None).compile(lambda *_, **__: "connection", None)
-    dial = _visits.dial("m:Connection._connect").compile(lambda *_: "stream", None)
+    dial = _visits.dial("m:Connection._connect").compile(lambda *_: "stream", SimpleNamespace(owners={}))
     body = _visits.leave("m:Body.close", request=lambda body: body, ended=lambda _: None).compile(lambda _: "ok", None)
 
     assert (row(place, timeout=1), dial(object(), request), body(request)) == ("connection", "stream", "ok")

@@ -190,7 +190,7 @@ class Case:
         """The load, or more if more had to wait than it explains, as when requests come in bursts."""
         if self.size is None or self.stuck or not self.waited:
             return self.load
-        return max(self.load, load_behind(self.size, min(self.waiting, 1.0)))
+        return max(self.load, load_behind(self.size, self.waiting))
 
     @cached_property
     def need(self) -> int:
@@ -436,11 +436,12 @@ def too_large(case: Case) -> Finding | None:
 def overflow_always(case: Case) -> Finding | None:
     """Connections beyond the base size are opened and closed all the time."""
     pool = case.pool
-    churned = pool.closed.get("overflow", 0) / max(pool.checkouts, 1)
+    overflowed = pool.closed.get("overflow", 0)
+    churned = overflowed / max(pool.checkouts, 1)
     base = (pool.idle_max or 0) // case.each
     if not case.has_seen(CHECKOUTS) or not base or churned < OFTEN:
         return None
-    wanted = max(size_for(max(case.load, load_behind(base, min(churned, 1.0))), SELDOM), base + 1)
+    wanted = size_for(max(case.load, load_behind(base, churned)), SELDOM)
     settings = {"pool_size": wanted}
     if case.size is not None:
         settings = {"pool_size": min(wanted, case.size), "max_overflow": max(case.size - wanted, 0)}
@@ -451,7 +452,7 @@ def overflow_always(case: Case) -> Finding | None:
         f"{case.written(settings)}: as many at most, but they stay open.",
         settings,
         _size_evidence(case)
-        | {"closed_overflow": pool.closed.get("overflow", 0), "pool_size": base}
+        | {"closed_overflow": overflowed, "pool_size": base}
         | {"create_mean_s": round(pool.create.mean_s, 6)},
     )
 
@@ -470,12 +471,16 @@ def leak(case: Case) -> Finding | None:
     told = []
     if overdue:
         longest = f" (the longest for {_time(late[0].held_s)})" if late else ""
-        told.append(f"{_times(overdue, 'connection')} out for longer than the leak threshold{longest}")
+        whence = f": {', '.join(places)}" if places else ""
+        told.append(f"{_times(overdue, 'connection')} out for longer than the leak threshold{longest}{whence}")
     if collected:
-        told.append(f"{_times(collected, 'connection')} back only because the garbage collector found them dropped")
+        dropped = "it" if collected == 1 else "them"
+        told.append(
+            f"{_times(collected, 'connection')} back only because the garbage collector found {dropped} dropped"
+        )
     return Finding(
         HIGH if case.is_strained else MEDIUM,
-        f"{'; '.join(told)}{': ' if places else ''}{', '.join(places)}.",
+        f"{'; '.join(told)}.",
         f"Give it back however the block ends: {GIVE_BACK.get(case.pool.library, 'use `with`')}.",
         {},
         {"overdue": overdue, "collected": collected, "oldest_use_s": case.pool.oldest_use_s, "call_sites": dict(sites)},

@@ -177,7 +177,7 @@ class Reading:
         peak: The highest ``used`` since the previous collection; None where requests share connections.
         oldest_wait: Age of the oldest request without a connection yet, in seconds.
         oldest_use: Age of the oldest checkout, in seconds.
-        overdue: Connections that have been out for longer than the leak threshold; None if there is none.
+        overdue: Connections that have been out for longer than the leak threshold; None if no pool is left.
         unreadable: Live pools that could not say anything about themselves.
     """
 

@@ -420,13 +420,18 @@ def _served(arrived: Visit) -> None:
 def dial(where: str) -> Hook:
     """A call on a connection with the request that has it opened; its duration is the create time."""
 
-    def compile(original: Callable[..., Any], _: Registry) -> Callable[..., Any]:
-        def ended(request: Any, start: float, error: BaseException | None) -> None:
+    def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
+        def ended(connection: Any, request: Any, start: float, error: BaseException | None) -> None:
             with guard("a creation"):
                 arrived = visit_of(request)
-                if arrived is None:
-                    return
-                if error is None:
+                if arrived is None or not arrived.watch.registry.active:
+                    # Who asked before we came opens one for all who come after.
+                    watch = registry.owners.get(id(connection))
+                    if error is None and watch is not None:
+                        watch.opened[id(connection)] = clock()
+                        watch.made.discard(id(connection))
+                        watch.created(start)
+                elif error is None:
                     arrived.opened(clock() - start)
                 else:
                     arrived.could_not_open(error)
@@ -436,9 +441,9 @@ def dial(where: str) -> Hook:
             try:
                 stream = original(connection, request)
             except BaseException as error:
-                ended(request, start, error)
+                ended(connection, request, start, error)
                 raise
-            ended(request, start, None)
+            ended(connection, request, start, None)
             return stream
 
         async def async_connect(connection: Any, request: Any) -> Any:
@@ -446,9 +451,9 @@ def dial(where: str) -> Hook:
             try:
                 stream = await original(connection, request)
             except BaseException as error:
-                ended(request, start, error)
+                ended(connection, request, start, error)
                 raise
-            ended(request, start, None)
+            ended(connection, request, start, None)
             return stream
 
         return async_connect if inspect.iscoroutinefunction(original) else connect
