@@ -546,10 +546,12 @@ def _tell(every: Sequence[Mutant], results: Mapping[str, Mapping[str, Any]], ask
         here = [mutant.name for mutant in every if module in {mutant.module, ""}]
         status = Counter(results[name]["status"] for name in here if name in results)
         killed, total = status[KILLED] + status[TIMEOUT], status.total()
-        rates.append(100 * killed / max(total, 1))
+        if not total:  # of this one nothing was asked
+            continue
+        rates.append(100 * killed / total)
         counts = ", ".join(f"{count} {each}" for each, count in sorted(status.items()))
         say(f"{module or 'all'}: {killed} of {total} killed, {rates[-1]:.1f} % ({counts})")
-    return int(min(rates) < asked.floor)
+    return int(min(rates, default=0.0) < asked.floor)
 
 
 if __name__ == "__main__":
