@@ -72,6 +72,7 @@ class Walk:
 
     def begin(self):
         """Watch from here on: nothing has been counted."""
+        gc.collect()  # or what is left of a replaced pool goes when we have begun to count, and have not yet found it
         self.telemetry = Telemetry()
         self.served = self.ended = self.refused = self.failed = self.cancelled = self.collected = 0
         self.opened, self.closed = self.server.opened, self.server.closed
