@@ -680,7 +680,7 @@ class Look:
         assert set(now.closed()) <= set(words.REASONS)
         assert now.value("otel_pools.connection.orphaned") == 0
         if app.looks and not used:
-            assert now.value("otel_pools.connection.stale") == dead, when
+            assert now.value("otel_pools.connection.stale") == dead + app.gone(), when
         assert outcomes(now) == app.outcomes, when
         if not used:
             app.check(now)

@@ -210,6 +210,17 @@ def test_what_is_closed_while_it_opens_was_opened(watch):
     assert (tally.created, tally.closed) == (1, {"error": 1})
 
 
+def test_what_is_opened_again_was_closed(watch):
+    """A connection that is opened though nobody has said that it was closed has been closed without a word."""
+    connection = Thing()
+    for _ in range(2):
+        watch.watch.opening(connection)(True, None)
+
+    tally = _told(watch.outbox)
+
+    assert (tally.created, tally.closed) == (2, {"closed": 1})
+
+
 def _told(outbox):
     outbox.deliver(Histograms(None, None, None, None), {})
     return outbox.tally()

@@ -382,6 +382,9 @@ class Watch:
 
     def opening(self, connection: Any) -> Callable[[bool, BaseException | None], None]:
         """Somebody opens *connection*; returns what to call at the end: whether it is open now, and the error."""
+        if id(connection) in self.opened:
+            # It was closed without a word, as when two close and open it at once.
+            self.shut(id(connection), words.CLOSED)
         start, passage = clock(), detour(words.NEW)
         passage.creating = True
 

@@ -170,7 +170,7 @@ def test_what_has_no_pool_cannot_be_named(thing):
 # -- what it says -------------------------------------------------------------------
 
 # Our record of a pool that nobody has asked for anything.
-UNUSED = SimpleNamespace(leases={}, owners={}, waiting={})
+UNUSED = SimpleNamespace(leases={}, owners={}, opened={}, waiting={})
 
 
 @pytest.mark.parametrize(("given", "told"), [(2**31, None), (7, 7)])
@@ -249,6 +249,25 @@ def test_a_keyword_gives_back_too(library, valkey, telemetry):
 
     assert telemetry.value("db.client.connection.use_time", db__client__connection__pool__name="keyword") == 1
     pool.disconnect()
+
+
+def test_a_connection_that_was_closed_unseen_is_noticed(library, valkey, telemetry):
+    """As when one thread closes it in the very moment in which another has opened it; it is closed once."""
+    otel_pools.instrument("redis", meter_provider=telemetry.meter_provider)
+    pool = library.ConnectionPool(host="127.0.0.1", port=valkey.port)
+    connection = ask(library, pool)
+    pool.release(connection)
+    line, connection._sock = connection._sock, None
+    line.close()
+    telemetry.read()
+    noticed = telemetry.read()
+    pool.release(ask(library, pool))
+    again = telemetry.read()
+    pool.disconnect()
+
+    created = [now.value("otel_pools.connection.created") for now in (noticed, again)]
+    assert (noticed.count("idle"), again.count("idle"), created) == (0, 1, [1, 2])
+    assert noticed.closed() == again.closed() == {"closed": 1}
 
 
 # -- other libraries on top -----------------------------------------------------------

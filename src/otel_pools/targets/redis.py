@@ -157,10 +157,21 @@ def read(pool: Any, watch: Watch) -> Snapshot:
     used, free = _used(pool, watch.leases), _free(pool)
     missing = _missing(pool, used, free)
     out = {id(connection) for connection in used}
-    idle = [connection for connection in free if id(connection) not in out and _is_open(connection)]
+    lying = [connection for connection in free if id(connection) not in out]
+    idle = [connection for connection in lying if _is_open(connection)]
+    if len(idle) < len(lying):
+        _notice(lying, watch)
     return Snapshot(
         used=_own(used, watch), idle=_own(idle, watch), max=most, pending=_pending(pool, watch), orphaned=missing
     )
+
+
+def _notice(lying: list[Any], watch: Watch) -> None:
+    """Of these, who was closed and we have not seen it: in the very moment in which somebody else had opened it."""
+    for connection in lying:
+        key = id(_parts(connection)[-1])
+        if key in watch.opened and not _is_open(connection):
+            watch.shut(key, words.CLOSED)
 
 
 def _own(connections: list[Any], watch: Watch) -> int:
