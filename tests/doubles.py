@@ -12,6 +12,16 @@ from contextlib import suppress
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
+class Clock:
+    """A clock that stands still until somebody moves it."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
 class Server:
     """
     What the connections lead to.
@@ -116,19 +126,26 @@ class Line:
         await asyncio.sleep(0)
 
 
+class Bare:
+    """A connection of redis-py that is nobody's."""
+
+    host, port = "stub", 0
+
+    def __init__(self, **_):
+        super().__init__(protocol=2)
+
+    def repr_pieces(self):
+        return []
+
+    def _host_error(self):
+        return "stub"
+
+
 def line(server):
     """A class of connections, opened and closed by redis-py's own methods."""
     from redis.connection import AbstractConnection
 
-    class Stub(AbstractConnection):
-        host, port = "stub", 0
-
-        def __init__(self, **_):
-            super().__init__(protocol=2)
-
-        def repr_pieces(self):
-            return []
-
+    class Stub(Bare, AbstractConnection):
         def _connect(self):
             server.connect(self)
             return Line(server, self)
@@ -138,9 +155,6 @@ def line(server):
         def can_read(self, timeout=0):
             return False
 
-        def _host_error(self):
-            return "stub"
-
     return Stub
 
 
@@ -148,15 +162,7 @@ def async_line(server):
     """The same for asyncio: to open takes two turns of the event loop, to close one."""
     from redis.asyncio.connection import AbstractConnection
 
-    class Stub(AbstractConnection):
-        host, port = "stub", 0
-
-        def __init__(self, **_):
-            super().__init__(protocol=2)
-
-        def repr_pieces(self):
-            return []
-
+    class Stub(Bare, AbstractConnection):
         async def _connect(self):
             await asyncio.sleep(0)
             await asyncio.sleep(0)
@@ -169,9 +175,6 @@ def async_line(server):
             return False
 
         can_read = can_read_destructive
-
-        def _host_error(self):
-            return "stub"
 
     return Stub
 

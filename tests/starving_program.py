@@ -34,26 +34,7 @@ class HTTP1(network.HTTP1):
     def gate(self, _): ...
 
 
-class AsyncHTTP1(HTTP1):
-    def open(self):
-        import httpx
-
-        self.client = httpx.AsyncClient(timeout=self.patience, trust_env=False)
-
-    async def take(self):
-        return await self.client.send(self.client.build_request("GET", f"{self.url}/gate"), stream=True)
-
-    async def use(self, held):
-        try:
-            return await held.aread()
-        finally:
-            await held.aclose()
-
-    async def plain(self):
-        return (await self.client.get(self.url)).text
-
-    async def shut(self):
-        await self.client.aclose()
+class AsyncHTTP1(HTTP1, network.AsyncHTTP1): ...
 
 
 class Constructed:

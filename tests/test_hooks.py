@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from unittest.mock import ANY
 
 import pytest
+from doubles import Clock
 
 import otel_pools
 from otel_pools import Settings, _guard, _hooks, _watch
@@ -185,16 +186,6 @@ def test_something_is_done_before(registry, is_async):
 
 
 # -- the verbs, on a library of one class ----------------------------------------------
-
-
-class Clock:
-    """A clock that stands still until somebody moves it."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

@@ -403,14 +403,11 @@ class HTTP1(App):
         self.proxy.server = self.server.port
 
 
-class HTTP2(HTTP1):
-    kind = GatedHTTP2
-    shares = True
-
+class AsyncHTTP1(HTTP1):
     def open(self):
         import httpx
 
-        self.client = httpx.AsyncClient(timeout=self.patience, http1=False, http2=True, trust_env=False)
+        self.client = httpx.AsyncClient(timeout=self.patience, trust_env=False)
 
     async def take(self):
         self.gate("clear")
@@ -428,6 +425,16 @@ class HTTP2(HTTP1):
 
     async def shut(self):
         await self.client.aclose()
+
+
+class HTTP2(AsyncHTTP1):
+    kind = GatedHTTP2
+    shares = True
+
+    def open(self):
+        import httpx
+
+        self.client = httpx.AsyncClient(timeout=self.patience, http1=False, http2=True, trust_env=False)
 
     def gone(self):
         free = [one for one in self.client._transport._pool.connections if one.is_idle()]
@@ -816,25 +823,28 @@ def test_hang_without_a_timeout(kind, server, telemetry):
 # -- who is told that a connection is dead ----------------------------------------------------------------------
 
 
-async def after_a_reset(app, telemetry):
-    """What is told of a connection that was reset while nobody used it; and how many sockets are open, and dead."""
-    app.open()
-    try:
-        await app.ask()
-        app.proxy.cut()
-        await turns()
-        return telemetry.read(), sockets(app.proxy)
-    finally:
-        await app.shut()
+def after_a_reset(kind, server, telemetry):
+    """An application, what is told of its connection that was reset at rest, and how many sockets are open and dead."""
+
+    async def reset(app):
+        app.open()
+        try:
+            await app.ask()
+            app.proxy.cut()
+            await turns()
+            return app, telemetry.read(), sockets(app.proxy)
+        finally:
+            await app.shut()
+
+    with Proxy(server.port) as proxy:
+        watch(kind.target, telemetry)
+        return asyncio.run(reset(kind(proxy, server, SECONDS)))
 
 
 @pytest.mark.parametrize("kind", [Asyncpg, AsyncRedis])
 def test_a_connection_whose_socket_is_closed_is_stale(kind, server, telemetry):
     """What asyncio has closed after a reset is idle for its pool, until it is used; and for us, but it is stale too."""
-    with Proxy(server.port) as proxy:
-        watch(kind.target, telemetry)
-        app = kind(proxy, server, SECONDS)
-        now, open = asyncio.run(after_a_reset(app, telemetry))
+    app, now, open = after_a_reset(kind, server, telemetry)
 
     assert open == (0, 0)
     assert (app.count(now), now.value("otel_pools.connection.stale")) == ((0, 1), 1)
@@ -843,10 +853,7 @@ def test_a_connection_whose_socket_is_closed_is_stale(kind, server, telemetry):
 @pytest.mark.parametrize("kind", [HTTP1])
 def test_stale_is_not_told_where_nobody_looks(kind, server, telemetry):
     """With `poll_idle` a pool at whose sockets nobody looks does not say that all servers are there."""
-    with Proxy(server.port) as proxy:
-        watch(kind.target, telemetry)
-        app = kind(proxy, server, SECONDS)
-        now, open = asyncio.run(after_a_reset(app, telemetry))
+    _, now, open = after_a_reset(kind, server, telemetry)
 
     assert open == (0, 1)
     assert now.points("otel_pools.connection.stale") == []

@@ -13,7 +13,7 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import apps
@@ -21,6 +21,7 @@ import pytest
 import webs
 from apps import APPS
 from doubles import Dbapi, Server
+from listener import Listener
 from opentelemetry.sdk import metrics as sdk
 from proxy import HOST, Proxy
 from test_network import GatedHTTP1
@@ -39,25 +40,13 @@ STARVING = Path(__file__).with_name("starving_program.py")
 # -- nobody takes what is exported ------------------------------------------------------------
 
 
-class Endpoint(ThreadingHTTPServer):
+class Endpoint(Listener):
     """Where OTLP goes to: takes metrics, or answers with another status; a context manager."""
 
-    daemon_threads = True
-
     def __init__(self):
-        super().__init__((HOST, 0), _Post)
+        super().__init__(_Post)
         self.status = 200
         self.totals = Counter()
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.05,))
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self._thread.join()
-        self.server_close()
 
     @property
     def port(self):

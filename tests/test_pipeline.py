@@ -14,13 +14,14 @@ import sysconfig
 import threading
 import time
 from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 from urllib.request import urlopen
 
 import pytest
+from listener import Listener
 from pipelines import PROMETHEUS
 
 HOST = "127.0.0.1"
@@ -250,22 +251,12 @@ def test_an_outage_loses_no_increment(protocol, what, postgres, valkey, tmp_path
 # -- Prometheus, rules, Alertmanager, webhook --------------------------------------------
 
 
-class Webhook(ThreadingHTTPServer):
+class Webhook(Listener):
     """Takes what Alertmanager sends; a context manager."""
 
     def __init__(self):
-        super().__init__((HOST, 0), _Hook)
+        super().__init__(_Hook)
         self.alerts = []
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.05,))
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self._thread.join()
-        self.server_close()
 
     def told(self, name, status):
         """The alerts of this name and status."""

@@ -10,6 +10,7 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
+from doubles import Clock
 from sqlalchemy import create_engine
 from sqlalchemy.pool import QueuePool
 
@@ -256,16 +257,6 @@ def test_an_origin_that_has_nothing_left_is_told_as_nothing(monkeypatch):
 
 
 # -- the story of a checkout -----------------------------------------------------------
-
-
-class Clock:
-    """A clock that stands still until somebody moves it."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

@@ -104,9 +104,11 @@ class PoolInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # the same
             # A declarative configuration file instruments first, and the auto-loader comes by again.
             logger.debug("otel_pools: %s is instrumented already", self.library)
             return
-        # 0.53 logs as an error what it is about to raise, and what the auto-loader expects.
-        if options.get("raise_exception_on_conflict") and (conflict := self._check_dependency_conflicts()):
-            raise DependencyConflictError(conflict)
+        if options.get("raise_exception_on_conflict") and not options.get("skip_dep_check"):
+            # Asked here and not again: 0.53 logs as an error what it is about to raise, which the auto-loader expects.
+            if conflict := self._check_dependency_conflicts():
+                raise DependencyConflictError(conflict)
+            options["skip_dep_check"] = True
         try:
             super().instrument(meter_provider=meter_provider, tracer_provider=tracer_provider, **options)
         except (ModuleNotFoundError, DependencyConflictError) as why:

@@ -464,7 +464,7 @@ def _creating(watch: Watch, record: Any, opened: Callable[[Any], bool]) -> Calla
                 # Whatever is left of it is not idle: it never was in the pool.
                 watch.unmeet(record)
             else:
-                watch.opened[id(record)] = clock()
+                watch.has_opened(record)
             # Opened, and closed again (or not even that) when a listener of the user's failed.
             if error is None or created or opened(record):
                 watch.created(start)
@@ -483,20 +483,20 @@ def close(where: str, *, reason: Callable[[], str], connection: Pick) -> Hook:
     """
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
-        def discard(pool: Any, closing: Any, *args: Any, **kwargs: Any) -> Any:
+        def discard(pool: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 watch = registry.find(pool)
                 if watch is not None:
                     watch.closed(reason())
                     for record in watch.connections():
-                        if connection(record) is closing:
+                        if connection(record) is args[0]:
                             watch.opened.pop(id(record), None)
                     passage = current_passage()
                     if passage is not None and passage.creating:
                         passage.created = True
             except Exception as mistake:
                 lost_quietly("a close", mistake)
-            return original(pool, closing, *args, **kwargs)
+            return original(pool, *args, **kwargs)
 
         return discard
 

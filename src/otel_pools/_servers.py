@@ -504,8 +504,10 @@ class _Call:
 
 def _hang_up(connection: Any) -> None:
     """Wake the thread that waits for this connection: on a copy of its socket, as the driver's own is in its hands."""
-    with suppress(Exception), socket.socket(fileno=os.dup(descriptor(connection) or -1)) as line:
-        line.shutdown(socket.SHUT_RDWR)
+    with suppress(Exception):
+        if (known := descriptor(connection)) is not None:
+            with socket.socket(fileno=os.dup(known)) as line:
+                line.shutdown(socket.SHUT_RDWR)
 
 
 # By whom was asked about; only those that nobody waits for any more.

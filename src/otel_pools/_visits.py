@@ -119,8 +119,7 @@ class Visit:
     def _open(self) -> None:
         if self.path == IDLE:
             self.path = words.NEW
-        self.watch.opened[id(self.connection)] = clock()
-        self.watch.made.discard(id(self.connection))
+        self.watch.has_opened(self.connection)
 
     def answered(self) -> None:
         """It got its connection, whatever comes of it."""
@@ -428,8 +427,7 @@ def dial(where: str) -> Hook:
                     # Who asked before we came opens one for all who come after.
                     watch = registry.owners.get(id(connection))
                     if error is None and watch is not None:
-                        watch.opened[id(connection)] = clock()
-                        watch.made.discard(id(connection))
+                        watch.has_opened(connection)
                         watch.created(start)
                 elif error is None:
                     arrived.opened(clock() - start)

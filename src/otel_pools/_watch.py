@@ -390,13 +390,17 @@ class Watch:
 
         def ended(is_open: bool, error: BaseException | None) -> None:
             if is_open:
-                self.opened[id(connection)] = clock()
-                self.made.discard(id(connection))
+                self.has_opened(connection)
             if is_open or passage.created:
                 self.created(start)
             passage.creating, passage.created, passage.failed = False, False, error
 
         return ended
+
+    def has_opened(self, connection: Any) -> None:
+        """It is open from now on, whoever has opened it."""
+        self.opened[id(connection)] = clock()
+        self.made.discard(id(connection))
 
     def shut(self, key: int, reason: str) -> None:
         """
