@@ -15,7 +15,7 @@ from doubles import Clock
 
 import otel_pools
 from otel_pools import Settings, _guard, _hooks, _watch
-from otel_pools._leases import Loan, lend, site
+from otel_pools._leases import Loan, lend, lend_nobody, site
 from otel_pools._model import Identity, Snapshot
 from otel_pools._registry import Registry
 from otel_pools._spans import Spans
@@ -217,15 +217,21 @@ def quiet(monkeypatch):
 
 
 either_way = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+# A method that has no arguments has a twin that has none; these are the verbs for methods that may.
+CATCH_ALL = "with arguments"
+any_way = pytest.mark.parametrize("is_async", [False, CATCH_ALL, True], ids=["alone", CATCH_ALL, "async"])
 
 
 def method(do, is_async):
-    """A function as it is, or one that says the same to who awaits it."""
+    """A function as it is, one that takes anything, or one that says the same to who awaits it."""
+
+    def do_with(*args, **kwargs):
+        return do(*args, **kwargs)
 
     async def async_do(*args, **kwargs):
         return do(*args, **kwargs)
 
-    return async_do if is_async else do
+    return do_with if is_async == CATCH_ALL else async_do if is_async else do
 
 
 def called(result):
@@ -246,13 +252,13 @@ def acquiring(lib, do, is_async=False, **options):
     return _hooks.acquire("m:C.get", **options).compile(method(do, is_async), lib.registry)
 
 
-@either_way
+@any_way
 def test_a_checkout_is_a_wait_and_a_lease(lib, clock, is_async):
     """It lasts as long as the call; what is lent is down as lent to who asked, since the call has ended."""
     connection, during = Pool(), []
 
     def get(_):
-        during.append(dict(lib.watch.waiting))
+        during.append(list(lib.watch.waiting))
         clock.now += 3.0
         return connection
 
@@ -260,7 +266,7 @@ def test_a_checkout_is_a_wait_and_a_lease(lib, clock, is_async):
 
     lease = Loan(*lib.watch.leases[id(connection)])
     assert got is connection
-    assert (during, lib.watch.waiting) == ([{100.0: 100.0}], {})
+    assert (during, lib.watch.waiting) == ([[100.0]], [])
     assert (lib.watch.waits, lib.watch.notes) == ([3.0], [])
     assert (lease.since, lib.watch.holding) == (103.0, {lease.owner: id(connection)})
     assert lib.watch.ledger.peak == 1
@@ -274,7 +280,7 @@ def test_a_lease_knows_who_called_the_library(lib):
     assert site(lib.watch.leases[id(connection)]).endswith("test_a_lease_knows_who_called_the_library")
 
 
-@either_way
+@any_way
 @pytest.mark.parametrize("given", [((), {}), ((1,), {}), ((), {"timeout": 2}), ((1, 2), {"timeout": 3})])
 @pytest.mark.parametrize("active", [True, False])
 def test_a_checkout_is_called_as_it_was(lib, is_async, given, active):
@@ -285,10 +291,10 @@ def test_a_checkout_is_called_as_it_was(lib, is_async, given, active):
         lib.registry.close()
 
     assert called(twin(lib.pool, *args, **kwargs)) == ((lib.pool, *args), kwargs)
-    assert inspect.iscoroutinefunction(twin) == is_async
+    assert inspect.iscoroutinefunction(twin) == (is_async is True)
 
 
-@either_way
+@any_way
 def test_without_arguments_the_short_way_is_taken(lib, is_async):
     """Where there is another function for a call without arguments, only a call with some goes to the original."""
     long, asked = method(lambda *_, **__: "long", is_async), []
@@ -304,7 +310,7 @@ def test_without_arguments_the_short_way_is_taken(lib, is_async):
     assert (ways, asked) == (["short", "long", "long"], [long])
 
 
-@either_way
+@any_way
 def test_a_pool_is_identified_once(lib, is_async, monkeypatch):
     """Who it is does not change by being borrowed from."""
     asked = []
@@ -318,7 +324,7 @@ def test_a_pool_is_identified_once(lib, is_async, monkeypatch):
     assert asked == [new]
 
 
-@either_way
+@any_way
 @pytest.mark.parametrize("fails", [False, True])
 def test_two_may_ask_in_the_same_moment(lib, clock, is_async, fails):
     """On a coarse clock two who wait may have begun at once; each ends for itself, and then nobody waits."""
@@ -335,10 +341,10 @@ def test_two_may_ask_in_the_same_moment(lib, clock, is_async, fails):
     with pytest.raises(ConnectionError) if fails else nullcontext():
         called(acquiring(lib, get, is_async)(lib.pool))
 
-    assert lib.watch.waiting == {}
+    assert lib.watch.waiting == []
 
 
-@either_way
+@any_way
 def test_who_borrows_what_is_inherited_is_told(lib, is_async):
     """A checkout of a connection that was there when the process was forked is an event, with its lease."""
     connection = Pool()
@@ -350,7 +356,7 @@ def test_who_borrows_what_is_inherited_is_told(lib, is_async):
     assert (event.what, event.lease) == ("inherited", lib.watch.leases[id(connection)])
 
 
-@either_way
+@any_way
 def test_what_is_inside_decides_how_it_is_called(lib, is_async):
     """A plain function around a coroutine function is awaited."""
     inner = method(lambda _: "connection", is_async)
@@ -360,11 +366,11 @@ def test_what_is_inside_decides_how_it_is_called(lib, is_async):
 
     twin = _hooks.acquire("m:C.get", refusal=refusal, bare=lambda _: inner).compile(get, lib.registry)
 
-    assert inspect.iscoroutinefunction(twin) == is_async
+    assert inspect.iscoroutinefunction(twin) == (is_async is True)
     assert called(twin(lib.pool)) == "connection"
 
 
-@either_way
+@any_way
 def test_a_result_may_stand_for_something_else(lib, is_async):
     """What stands for the loan is taken from the result; the caller gets the result."""
     connection = Pool()
@@ -374,14 +380,14 @@ def test_a_result_may_stand_for_something_else(lib, is_async):
     assert list(lib.watch.leases) == [id(connection)]
 
 
-@either_way
+@any_way
 def test_a_shared_loan_is_none(lib, is_async):
     """If what is got was lent before, there is neither a wait nor a lease."""
     assert called(acquiring(lib, lambda _: "shared", is_async, lease=lambda _: None)(lib.pool)) == "shared"
-    assert (lib.watch.leases, lib.watch.waits, lib.watch.notes, lib.watch.waiting) == ({}, [], [], {})
+    assert (lib.watch.leases, lib.watch.waits, lib.watch.notes, lib.watch.waiting) == ({}, [], [], [])
 
 
-@either_way
+@any_way
 def test_a_refusal_is_counted_and_raised(lib, clock, is_async):
     """The error comes out as the very same object; its word, its seconds and that it took no detour are noted."""
     error = TimeoutError()
@@ -396,7 +402,7 @@ def test_a_refusal_is_counted_and_raised(lib, clock, is_async):
     (noted,) = lib.watch.notes
     assert caught.value is error
     assert (noted.path, noted.error, noted.seconds) == ("idle", "timeout", 2.0)
-    assert (lib.watch.waiting, lib.watch.waits, lib.watch.leases) == ({}, [], {})
+    assert (lib.watch.waiting, lib.watch.waits, lib.watch.leases) == ([], [], {})
 
 
 @either_way
@@ -408,12 +414,50 @@ def test_a_crowded_pool_makes_queue(lib, is_async, crowd):
     kept = called(twin(lib.pool))
 
     assert asked == [lib.pool]
-    assert [each.path for each in lib.watch.notes] == ["queued"] * crowd
-    assert len(lib.watch.waits) == 1 - crowd
+    assert (len(lib.watch.queues), len(lib.watch.waits), lib.watch.notes) == (crowd, 1 - crowd, [])
+    assert told(lib.watch.ledger.outbox).checkouts == {("queued" if crowd else "idle", None): 1}
     del kept
 
 
 @either_way
+@pytest.mark.parametrize("ends", ["slow", "new", "refused"])
+def test_a_crowded_pool_may_have_more_to_tell(lib, clock, is_async, ends):
+    """Who stood in line, and for long, for a new connection or in vain, is noted as one who stood in line."""
+    lib.watch.slow = 0.5
+
+    def get(_):
+        if ends == "new":
+            _watch.detour("new")
+        clock.now += 1.0 if ends == "slow" else 0.1
+        if ends == "refused":
+            raise TimeoutError
+        return "connection"
+
+    with pytest.raises(TimeoutError) if ends == "refused" else nullcontext():
+        called(acquiring(lib, get, is_async, crowded=lambda _: True)(lib.pool))
+
+    assert [(each.path, each.error) for each in lib.watch.notes] == [
+        ("queued", "timeout" if ends == "refused" else None)
+    ]
+    assert (lib.watch.queues, lib.watch.waits) == ([], [])
+    assert _watch.current_passage() is None
+
+
+@any_way
+def test_without_holders_nobody_is_known_to_hold(lib, clock, is_async):
+    """If nobody is to know who holds a connection, a checkout is a wait, and a lease with its beginning alone."""
+    lib.registry.lend = lend_nobody
+    connection = Pool()
+    twin = acquiring(lib, lambda _: connection, is_async)
+    called(twin(lib.pool))
+    clock.now += 1.0
+    called(twin(lib.pool))
+
+    assert lib.watch.leases == {id(connection): lend_nobody(101.0)}
+    assert (lib.watch.waits, lib.watch.holding, lib.watch.ledger.peak) == ([0.0, 0.0], {}, 1)
+
+
+@any_way
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("row", [{"crowded": broken}, {"lease": broken}])
 def test_a_broken_row_costs_only_the_measurement(lib, is_async, row, caplog):
@@ -421,12 +465,12 @@ def test_a_broken_row_costs_only_the_measurement(lib, is_async, row, caplog):
     twin = acquiring(lib, lambda _: "connection", is_async, **row)
 
     assert called(twin(lib.pool)) == "connection"
-    assert (lib.watch.waiting, caplog.text) == ({}, "")
+    assert (lib.watch.waiting, caplog.text) == ([], "")
     _guard.speak()
     assert "AttributeError" in caplog.text
 
 
-@either_way
+@any_way
 def test_a_pool_that_is_met_by_a_checkout_is_counted(lib, is_async):
     """The first checkout of a pool that we have not met counts like any other."""
     new = Pool()
@@ -436,7 +480,7 @@ def test_a_pool_that_is_met_by_a_checkout_is_counted(lib, is_async):
     assert len(lib.watch.ledger.outbox.waits) == 1
 
 
-@either_way
+@any_way
 @pytest.mark.parametrize("seconds", [0.4, 0.5])
 def test_a_slow_wait_has_a_span(lib, clock, telemetry, is_async, seconds):
     """From the threshold on a wait is told by itself, with a span; a quicker one is a number among others."""
@@ -455,7 +499,7 @@ def test_a_slow_wait_has_a_span(lib, clock, telemetry, is_async, seconds):
     del kept
 
 
-@either_way
+@any_way
 def test_a_detour_is_told(lib, is_async):
     """A checkout for which a connection was opened has that path, and the next one has none."""
 
@@ -467,7 +511,7 @@ def test_a_detour_is_told(lib, is_async):
     async def twice():
         for _ in range(2):
             result = twin(lib.pool)
-            held.append(await result if is_async else result)
+            held.append(await result if is_async is True else result)
 
     held = []
     twin = acquiring(lib, get, is_async)
@@ -477,7 +521,7 @@ def test_a_detour_is_told(lib, is_async):
     assert len(lib.watch.waits) == 1
 
 
-@either_way
+@any_way
 def test_the_peak_is_the_most_that_were_lent_at_once(lib, is_async):
     """It stays when they come back."""
     held = []
@@ -490,7 +534,7 @@ def test_the_peak_is_the_most_that_were_lent_at_once(lib, is_async):
     assert lib.watch.ledger.peak == 3
 
 
-@either_way
+@any_way
 @pytest.mark.parametrize("limit", [2, 3])
 def test_what_nobody_collects_is_let_go(lib, is_async, limit, monkeypatch):
     """Beyond the limit the waits are dropped and counted, not kept."""
@@ -503,7 +547,7 @@ def test_what_nobody_collects_is_let_go(lib, is_async, limit, monkeypatch):
     assert lib.watch.ledger.outbox.tally().dropped == 3 - len(lib.watch.waits)
 
 
-@either_way
+@any_way
 def test_who_holds_one_and_gets_another_is_nested(lib, clock, is_async):
     """The second one's lease and the first one's are told together."""
     held = []
@@ -516,7 +560,7 @@ def test_who_holds_one_and_gets_another_is_nested(lib, clock, is_async):
     async def twice():
         for _ in range(2):
             result = twin(lib.pool)
-            if is_async:
+            if is_async is True:
                 await result
 
     twin = acquiring(lib, get, is_async)
@@ -528,7 +572,7 @@ def test_who_holds_one_and_gets_another_is_nested(lib, clock, is_async):
     assert lib.watch.holding == {outer[1]: {id(each) for each in held}}
 
 
-@either_way
+@any_way
 def test_the_same_one_again_is_not_nested(lib, is_async):
     """Who gets what he has already holds one."""
     connection = Pool()
@@ -536,7 +580,7 @@ def test_the_same_one_again_is_not_nested(lib, is_async):
     async def twice():
         for _ in range(2):
             result = twin(lib.pool)
-            if is_async:
+            if is_async is True:
                 await result
 
     twin = acquiring(lib, lambda _: connection, is_async)
@@ -598,11 +642,11 @@ def putting(lib, is_async=False, do=lambda *_: "back", out=lambda *_: False):
     return _hooks.take_back("m:C.put", out=out).compile(method(do, is_async), lib.registry)
 
 
-@pytest.fixture(params=["release", "take_back", "async take_back"])
+@pytest.fixture(params=["release", "release with a flag", "take_back", "async take_back"])
 def give_back(request, lib):
     """Each verb that ends a loan, as a function of what was lent."""
-    if request.param == "release":
-        return releasing(lib)
+    if request.param.startswith("release"):
+        return releasing(lib, lambda held, flag=True: "back") if "flag" in request.param else releasing(lib)
     twin = putting(lib, request.param != "take_back")
     return lambda held: called(twin(held.pool, held))
 
@@ -657,6 +701,48 @@ def test_what_nobody_is_known_to_hold_comes_back(lib, clock, give_back):
     give_back(held)
 
     assert (lib.watch.uses, lib.watch.leases, lib.watch.holding) == ([5.0], {}, {})
+
+
+@pytest.mark.parametrize("way", ["release", "take_back"])
+def test_without_holders_what_comes_back_was_in_use(lib, clock, way):
+    """If nobody is to know who holds a connection, the end of a loan is a number, and who dropped it is not asked."""
+    lib.registry.lend = lend_nobody
+    held = Held(lib.pool)
+    lib.watch.leases[id(held)] = lend_nobody(95.0)
+    if way == "release":
+        releasing(lib, loan=lambda _: lambda: None)(held)
+    else:
+        putting(lib)(lib.pool, held)
+
+    assert (lib.watch.uses, lib.watch.leases, lib.watch.ledger.outbox.events) == ([5.0], {}, [])
+
+
+@pytest.mark.parametrize(
+    ("do", "given"),
+    [
+        (lambda held, flag=True: flag, ((), {})),
+        (lambda held, flag=True: flag, ((False,), {})),
+        (lambda held, flag=True: flag, ((), {"flag": False})),
+        (lambda *args, **kwargs: (args[1:], kwargs), ((1, 2), {"three": 3})),
+        (lambda held, *, flag=True: flag, ((), {"flag": False})),
+        (lambda held, flag, /: flag, ((7,), {})),
+        (lambda held: "alone", ((), {})),
+    ],
+)
+def test_what_is_given_back_is_given_back_as_it_was(lib, do, given):
+    """Whatever arguments the call has, by place or by name, arrive; so do its own defaults."""
+    args, kwargs = given
+    held = Held(lib.pool)
+
+    assert releasing(lib, do)(held, *args, **kwargs) == do(held, *args, **kwargs)
+
+
+@pytest.mark.parametrize("given", [((), {"other": 1}), ((1, 2), {}), ((1,), {"flag": 1})])
+def test_a_wrong_call_is_the_hosts(lib, given):
+    """Who gives a method what it does not take gets a TypeError, as without us."""
+    args, kwargs = given
+    with pytest.raises(TypeError):
+        releasing(lib, lambda held, flag=True: "back")(Held(lib.pool), *args, **kwargs)
 
 
 def test_what_we_did_not_see_go_is_no_use(lib, give_back):
@@ -1083,7 +1169,37 @@ def test_opening_a_connection_is_timed(lib, clock, is_async):
     assert called(twin(socket, 1, retry=2)) == ((socket, 1), {"retry": 2})
     assert lib.watch.ledger.outbox.creates == [4.0]
     assert lib.watch.opened == {id(socket): 104.0}
+
+
+@either_way
+@pytest.mark.parametrize("is_closed", [False, True])
+@pytest.mark.parametrize("given", [(lambda _: "alone", ()), (lambda _, a, b=2: (a, b), (1,)), (lambda _, a: a, (1,))])
+def test_opening_is_called_as_it_was(lib, is_async, is_closed, given):
+    """Whatever the method takes arrives, whether there is something to open or not."""
+    do, args = given
+    socket = Socket(not is_closed)
+    lib.watch.met(socket)
+
+    async def async_do(socket, *args):
+        return do(socket, *args)
+
+    twin = _hooks.connect("m:C.connect", is_open=is_open).compile(async_do if is_async else do, lib.registry)
+
+    assert called(twin(socket, *args)) == do(socket, *args)
     assert inspect.iscoroutinefunction(twin) == is_async
+
+
+@pytest.mark.usefixtures("quiet")
+@either_way
+def test_an_opening_that_we_cannot_begin_to_follow(lib, is_async, caplog, monkeypatch):
+    """If we cannot note that it is opened, it is opened all the same; it is said later."""
+    socket = Socket()
+    lib.watch.met(socket)
+    monkeypatch.setattr(type(lib.watch), "opening", broken)
+
+    assert called(opening(lib, lambda _: "stream", is_async, is_open)(socket)) == "stream"
+    _guard.speak()
+    assert "a creation: TypeError" in caplog.text
 
 
 @either_way

@@ -60,6 +60,7 @@ class Walk:
     target = ""
     needs = "sqlalchemy"
     slowness = 1  # of its steps so many times fewer are taken
+    holders = True  # whether it is noted who holds a connection
 
     def __init__(self):
         gc.collect()
@@ -76,7 +77,7 @@ class Walk:
         self.telemetry = Telemetry()
         self.served = self.ended = self.refused = self.failed = self.cancelled = self.collected = 0
         self.opened, self.closed = self.server.opened, self.server.closed
-        otel_pools.instrument(self.target, meter_provider=self.telemetry.meter_provider)
+        otel_pools.instrument(self.target, meter_provider=self.telemetry.meter_provider, holders=self.holders)
 
     def finish(self):
         """Look once more, and leave nothing behind."""
@@ -199,6 +200,8 @@ class Walk:
             "orphaned": now.value("otel_pools.connection.orphaned"),
             "collected": now.value("otel_pools.connection.leaked", otel_pools__leak__kind="collected"),
         }
+        if not self.holders:  # who dropped what need not be told then
+            told["collected"] = self.collected
         if "db.client.connection.count" not in now.metrics:  # nobody has used the pool since we watch
             told |= {"used": len(self.held), "open": self.open()}
         return told
@@ -228,6 +231,7 @@ class Walk:
     def stop_and_watch_again(self, number=0):
         otel_pools.uninstrument()
         self.unseen = list(self.held)
+        self.holders = number % 2 == 0
         self.begin()
 
     @rarest_step

@@ -12,13 +12,14 @@ import threading
 import time
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import webs
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import AsyncAdaptedQueuePool, QueuePool
@@ -27,6 +28,7 @@ import otel_pools
 from otel_pools import _leases
 from otel_pools._config import Settings, settings
 from otel_pools._leases import DEEPEST
+from otel_pools._model import Holder
 
 SELECT = text("SELECT 1")
 
@@ -527,6 +529,38 @@ def test_without_call_sites_everything_else_is_told(telemetry):
     assert {holder.trace_id for holder in (first, second)} == {f"{span.get_span_context().trace_id:032x}"}
     assert (first.pool, first.task, first.held_s > 0) == ("p", threading.current_thread().name, True)
     assert now.value("otel_pools.checkout.nested") == 1
+
+
+def test_without_holders_only_numbers_are_told(telemetry, caplog):
+    """`holders=False` leaves out who, where and in which trace: what is told of a loan is how long it lasts."""
+    otel_pools.instrument(
+        "sqlalchemy",
+        meter_provider=telemetry.meter_provider,
+        tracer_provider=telemetry.tracer_provider,
+        holders=False,
+        leak_threshold=0.001,
+    )
+    pool = QueuePool(connect, logging_name="p", pool_size=2, max_overflow=0, timeout=0.01)
+    with telemetry.tracer_provider.get_tracer("app").start_as_current_span("request"):
+        held, inner = pool.connect(), pool.connect()
+        with pytest.raises(PoolTimeout):
+            pool.connect()
+    told, now = otel_pools.holders(), telemetry.read()
+    held.close()
+    del inner
+    gc.collect()
+    after = telemetry.read()
+
+    assert [replace(holder, held_s=0.0) for holder in told] == [Holder(pool="p", held_s=0.0)] * 2
+    assert told[0].held_s > told[1].held_s > 0.01
+    assert (now.value("otel_pools.use.oldest") > 0.01, now.value("db.client.connection.timeouts")) == (True, 1)
+    assert (now.count("used"), now.value("otel_pools.connection.peak")) == (2, 2)
+    assert now.value("otel_pools.checkout.nested") + now.value("otel_pools.connection.overdue") == 0
+    assert (after.value("db.client.connection.use_time"), after.value("otel_pools.connection.leaked")) == (2, 0)
+    assert [list(span.links) for span in telemetry.spans if span.name == "acquire p"] == [[]]
+    assert "pool p is exhausted" in caplog.text
+    assert caplog.text.count("held for") == 2
+    assert "borrowed" not in caplog.text
 
 
 # -- in which trace ----------------------------------------------------------------------

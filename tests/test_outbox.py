@@ -69,14 +69,16 @@ def test_an_empty_outbox_has_counted_nothing(outbox):
 def test_each_wait_is_a_checkout(outbox):
     """Waits of the common kind took an idle connection; the others say what they took, and what was wrong."""
     outbox.waits += [0.1, 0.2]
+    outbox.queues += [0.1, 0.2]
     outbox.notes += [note(), note(error="timeout"), note(error="timeout"), note(path="queued")]
     outbox.fold()
     outbox.waits.append(0.3)
+    outbox.queues.append(0.3)
     outbox.fold()
 
     tally = outbox.tally()
 
-    told = {("idle", None): 3, ("new", None): 1, ("new", "timeout"): 2, ("queued", None): 1}
+    told = {("idle", None): 3, ("new", None): 1, ("new", "timeout"): 2, ("queued", None): 4}
     assert (tally.checkouts, tally.timeouts) == (told, 2)
 
 
@@ -98,7 +100,7 @@ def test_what_is_opened_and_closed_is_counted(outbox):
     assert (outbox.tally().created, outbox.tally().closed) == (4, {"recycle": 4, "dispose": 2})
 
 
-@pytest.mark.parametrize("one", ["waits", "notes", "uses", "creates", "closes", "lives", "busies", "events"])
+@pytest.mark.parametrize("one", ["waits", "queues", "notes", "uses", "creates", "closes", "lives", "busies", "events"])
 def test_each_list_alone_is_reason_to_count(outbox, one):
     """Whatever has something in it is emptied."""
     samples = {"notes": note(), "closes": "recycle", "events": event("nested")}
@@ -219,13 +221,14 @@ def test_of_many_samples_the_timings_are_the_same(count, histograms):
     looked, collected = Outbox(), Outbox()
     for outbox in (looked, collected):
         outbox.waits += samples
+        outbox.queues += samples
         outbox.uses += samples
         outbox.creates += samples
     looked.fold()
     collected.deliver(histograms, IDENTITY)
 
     assert collected.account() == looked.account()
-    assert collected.account()[1].count == count
+    assert collected.account()[1].count == 2 * count
 
 
 # -- what the SDK gets -----------------------------------------------------------------
@@ -271,6 +274,7 @@ def test_a_story_is_told_in_the_attributes(outbox, histograms, telemetry):
     """A wait is told by its path and, if it failed, its error."""
     outbox.notes += [note(1.0), note(2.0, error="timeout"), note(4.0, "queued"), note(8.0, "queued", "timeout")]
     outbox.notes += [note(16.0), note(32.0, error="timeout")]
+    outbox.queues += [64.0, 128.0]
     outbox.deliver(histograms, IDENTITY)
 
     path, error = "otel_pools.checkout.path", "error.type"
@@ -278,7 +282,7 @@ def test_a_story_is_told_in_the_attributes(outbox, histograms, telemetry):
         ([(error, "timeout"), (path, "new")], True, 2, 34.0),
         ([(error, "timeout"), (path, "queued")], True, 1, 8.0),
         ([(path, "new")], True, 2, 17.0),
-        ([(path, "queued")], True, 1, 4.0),
+        ([(path, "queued")], True, 3, 196.0),
     ]
 
 
@@ -374,7 +378,7 @@ def test_a_spill_that_fails_ends_it_too(outbox, monkeypatch):
 # -- never too much --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("one", ["waits", "uses", "creates", "lives", "notes"])
+@pytest.mark.parametrize("one", ["waits", "queues", "uses", "creates", "lives", "notes"])
 def test_what_nobody_collects_is_bounded(outbox, monkeypatch, one):
     """Up to the limit samples are kept, of each kind; one more, and all are dropped and counted."""
     monkeypatch.setattr(_outbox, "LIMIT", 10)
@@ -410,12 +414,12 @@ def test_a_spill_counts_what_it_drops(outbox):
 
 def test_a_batch_and_another():
     """Both are in one, kind by kind, the first before the second."""
-    one, other = (Batch(*([each + number] for number in range(5))) for each in (0, 10))
+    one, other = (Batch(*([each + number] for number in range(6))) for each in (0, 10))
 
     both = one.plus(other)
 
-    assert both == Batch([0, 10], [1, 11], [2, 12], [3, 13], [4, 14])
-    assert Batch([1], [1] * 2, [1] * 3, [1] * 4, [1] * 5).sizes() == [1, 2, 3, 4, 5]
+    assert both == Batch([0, 10], [1, 11], [2, 12], [3, 13], [4, 14], [5, 15])
+    assert Batch([1], [1] * 2, [1] * 3, [1] * 4, [1] * 5, [1] * 6).sizes() == [1, 2, 3, 4, 5, 6]
 
 
 def test_time_is_told_in_the_order_it_was(outbox):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from otel_pools import Settings, _guard, _registry
-from otel_pools._leases import lend, lend_barely, lend_with_stack
+from otel_pools._leases import lend, lend_barely, lend_nobody, lend_with_stack
 from otel_pools._model import Identity, Load, Origin, Reading, Snapshot, Tally
 from otel_pools._outbox import Histograms
 from otel_pools._period import Period
@@ -94,17 +94,26 @@ def fails(*_):
         (Settings(call_site=False), lend_barely),
         (Settings(stacks=True), lend_with_stack),
         (Settings(call_site=False, stacks=True), lend_with_stack),
+        (Settings(holders=False, call_site=True, stacks=True), lend_nobody),
     ],
 )
 def test_what_is_noted_of_a_loan(registry, settings, way):
-    """The line that asked; nothing at all; or everything that stood below it."""
+    """The line that asked; no line; everything that stood below it; or nothing but when it began."""
     assert registry(settings).lend is way
 
 
-@pytest.mark.parametrize(("threshold", "overdue"), [(9.5, 1), (10.5, 0), (0, 0)])
-def test_the_leak_threshold(registry, now, threshold, overdue):
-    """Who has had one for longer is overdue; with a threshold of 0 nobody ever is."""
-    watched, pool = registry(Settings(leak_threshold=threshold)), Pool()
+@pytest.mark.parametrize(
+    ("settings", "overdue"),
+    [
+        (Settings(leak_threshold=9.5), 1),
+        (Settings(leak_threshold=10.5), 0),
+        (Settings(leak_threshold=0), 0),
+        (Settings(leak_threshold=9.5, holders=False), 0),
+    ],
+)
+def test_the_leak_threshold(registry, now, settings, overdue):
+    """Who has had one for longer is overdue; with a threshold of 0, or if nobody is known, nobody ever is."""
+    watched, pool = registry(settings), Pool()
     watched.meet(pool).leases[1] = lend(90.0)
 
     assert told(watched)["one"].overdue == overdue
@@ -371,7 +380,7 @@ def test_pools_of_one_name_are_told_together(registry, now):
     """All live pools of a name add up, with the oldest of all who wait and of all who hold."""
     watched, pools = registry(), [Pool("a", used=2, max=5, pending=1), Pool("a", used=1, max=5), Pool("b", used=7)]
     ledger, _, _ = (watched.meet(pool).ledger for pool in pools)
-    ledger.waiting.update({97.5: 97.5, 99.0: 99.0})
+    ledger.waiting.extend([97.5, 99.0])
     ledger.leases.update({1: lend(99.5), 2: lend(96.0)})
     both = told(watched)["a"]
 

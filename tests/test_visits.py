@@ -72,7 +72,7 @@ def test_a_visit_that_is_dropped_neither_waits_nor_holds(registry, served):
     del arrived
 
     assert before == (0, 1) if served else (1, 0)
-    assert (watch.waiting, watch.leases) == ({}, {})
+    assert (watch.waiting, watch.leases) == ([], {})
 
 
 def test_a_request_without_room_for_us_goes_through(registry, monkeypatch):
@@ -81,7 +81,7 @@ def test_a_request_without_room_for_us_goes_through(registry, monkeypatch):
     pool = Pool()
 
     assert visit(lambda *_: "answer", registry)(pool, Slotted()) == "answer"
-    assert registry.meet(pool).waiting == {}
+    assert registry.meet(pool).waiting == []
 
 
 @pytest.mark.parametrize("broken", ["introduce", "established", "refusal", "ended"])
@@ -118,11 +118,12 @@ def test_coroutine_functions_have_coroutine_functions_for_twins(registry):
     assert asyncio.run(visit(handle, registry)(Pool(), Request())) == "idle"
 
 
-def test_a_request_that_comes_by_itself_is_left_alone():
+@pytest.mark.parametrize("wait", [lambda *_, **__: "connection", lambda place, timeout=None: "connection"])
+def test_a_request_that_comes_by_itself_is_left_alone(wait):
     """A place in line, a body and a connection whose request we have not seen are passed through."""
     request = Request()
     place = SimpleNamespace(request=request, connection=None)
-    row = _visits.wait("m:Place.wait", ended=lambda _: None).compile(lambda *_, **__: "connection", None)
+    row = _visits.wait("m:Place.wait", ended=lambda _: None).compile(wait, None)
     dial = _visits.dial("m:Connection._connect").compile(lambda *_: "stream", SimpleNamespace(owners={}))
     body = _visits.leave("m:Body.close", request=lambda body: body, ended=lambda _: None).compile(lambda _: "ok", None)
 
@@ -142,5 +143,36 @@ def test_a_place_in_line_of_another_make_is_waited_in(registry, lacks, monkeypat
     async def line_up(*_):
         return "connection"
 
-    assert row.compile(lambda *_: "connection", None)(place) == "connection"
-    assert asyncio.run(row.compile(line_up, None)(place)) == "connection"
+    async def line_up_for(_, timeout=None):
+        return "connection"
+
+    for wait in (lambda *_: "connection", lambda _, timeout=None: "connection"):
+        assert row.compile(wait, None)(place) == "connection"
+    for async_wait in (line_up, line_up_for):
+        assert asyncio.run(row.compile(async_wait, None)(place)) == "connection"
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_place_in_line_is_asked_as_it_was(registry, is_async, known):
+    """However long a request is to wait, that arrives, whether its method has one argument or takes anything."""
+    request = Request()
+    setattr(request, KEY, Visit(registry.meet(Pool())))
+
+    async def line_up(_, timeout=7):
+        return timeout
+
+    async def line_up_somehow(*args, **kwargs):
+        return args[1:], kwargs
+
+    one = line_up if is_async else lambda _, timeout=7: timeout
+    any = line_up_somehow if is_async else lambda *args, **kwargs: (args[1:], kwargs)
+    row = _visits.wait("m:Place.wait", ended=lambda _: None)
+
+    def ask(wait, *args, **kwargs):
+        place = SimpleNamespace(request=request, connection="connection" if known else None)
+        answer = row.compile(wait, None)(place, *args, **kwargs)
+        return asyncio.run(answer) if is_async else answer
+
+    assert [ask(one), ask(one, 1), ask(one, timeout=2)] == [7, 1, 2]
+    assert ask(any, 1, timeout=2) == ((1,), {"timeout": 2})

@@ -353,7 +353,7 @@ def test_what_a_ledger_begins_with():
     assert repr(ledger) == "<Ledger one [0 held, 0 waiting]>"
     assert (ledger.overdue, ledger.looking.locked(), ledger.peak) == ({}, False, 0)
     ledger.leases[1] = lend(0.0)
-    ledger.waiting.update({1.0: 1.0, 2.0: 2.0})
+    ledger.waiting.extend([1.0, 2.0])
     assert repr(ledger) == "<Ledger one [1 held, 2 waiting]>"
 
 
@@ -696,7 +696,7 @@ def _error(name):
 )
 def test_a_failure_has_one_word(watch, spans, error, word, said):
     """It is counted by it, with the seconds that it took; an abandoned one has no span, an exhausted pool is said."""
-    watch.watch.failed(98.0, _error(error), _refusal)
+    watch.watch.failed([98.0], 98.0, _error(error), _refusal)
 
     assert spans == [(watch.watch, 2.0, "idle", word), ("exhausted", watch.watch, 2.0)][:said]
     assert [tuple(note) for note in watch.watch.notes] == [(2.0, "idle", word, "context" if said else None, 100.0)]
@@ -707,7 +707,7 @@ def test_a_connection_that_failed_to_open_is_no_refusal(watch, spans, is_the_sam
     """If the error is the one of opening a connection, that is its word; the path is the passage's."""
     error = _error("TooMany")
     detour("new").failed = error if is_the_same else _error("TooMany")
-    watch.watch.failed(98.0, error, _refusal)
+    watch.watch.failed([98.0], 98.0, error, _refusal)
 
     assert [(note.path, note.error) for note in watch.watch.notes] == [
         ("new", "connect_error" if is_the_same else "exhausted")
@@ -718,7 +718,7 @@ def test_a_connection_that_failed_to_open_is_no_refusal(watch, spans, is_the_sam
 def test_an_abandoned_checkout_has_its_path(watch, spans):
     """What the collector ends while it waits has waited."""
     detour("queued")
-    watch.watch.failed(98.0, GeneratorExit(), _refusal)
+    watch.watch.failed([98.0], 98.0, GeneratorExit(), _refusal)
 
     assert [(note.path, note.error) for note in watch.watch.notes] == [("queued", "cancelled")]
 
@@ -729,7 +729,7 @@ def test_who_holds_one_and_gets_none_is_nested(watch, spans, holds):
     owner, name = who()
     held = watch.watch.leases[1] = lease_of(owner, 1.0, name)
     watch.watch.holding[owner if holds else owner + 1] = 1
-    watch.watch.failed(98.0, _error("TooMany"), _refusal)
+    watch.watch.failed([98.0], 98.0, _error("TooMany"), _refusal)
 
     assert [(event.what, event.lease) for event in watch.outbox.events] == [("nested", held)] * holds
 
@@ -737,7 +737,7 @@ def test_who_holds_one_and_gets_none_is_nested(watch, spans, holds):
 def test_a_mistake_in_a_failed_checkout_is_ours(watch, spans, monkeypatch, caplog):
     """If we fail to tell a refusal, the caller does not hear of it."""
     monkeypatch.setattr(_guard, "loud", False)
-    watch.watch.failed(98.0, _error("TooMany"), lambda _: 1 / 0)
+    watch.watch.failed([98.0], 98.0, _error("TooMany"), lambda _: 1 / 0)
 
     assert "a failed checkout: ZeroDivisionError" in caplog.text
 

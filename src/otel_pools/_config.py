@@ -28,6 +28,9 @@ class Settings:
         targets: Libraries to watch, as in ``sqlalchemy``; empty means all.
         names: Pool names by server, ``host[:port][/database]=name``.
         leak_threshold: Seconds after which a connection that is out is overdue; 0 means never.
+        holders: Whether to note who holds a connection: the thread or task, trace and line that borrowed it. Without
+            that the way of a request costs half, and there are no holders (in spans, logs, `holders()`), no leak watch
+            and no nested checkouts.
         call_site: Whether to note from which line of the application a connection was borrowed.
         stacks: Whether to note everything that stood below that line too.
         busy_time: Whether to measure for how long servers work while a connection is held (SQLAlchemy).
@@ -44,6 +47,7 @@ class Settings:
     targets: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     leak_threshold: float = 60.0
+    holders: bool = True
     call_site: bool = True
     stacks: bool = False
     busy_time: bool = False
@@ -119,6 +123,7 @@ _READ: dict[str, tuple[Callable[[object], Any], str]] = {
     "targets": (_words, "target names separated by commas"),
     "names": (_pairs, "pairs host[:port][/database]=name separated by commas"),
     "leak_threshold": (_seconds, "a number of seconds, 0 or more"),
+    "holders": (_switch, "true or false"),
     "call_site": (_switch, "true or false"),
     "stacks": (_switch, "true or false"),
     "busy_time": (_switch, "true or false"),

@@ -56,6 +56,7 @@ class Configuration:
     metrics_exclude: list[str] | None = None
     names: list[str] | None = None
     leak_threshold: float | None = None
+    holders: bool | None = None
     call_site: bool | None = None
     stacks: bool | None = None
     busy_time: bool | None = None

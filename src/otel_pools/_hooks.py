@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _vocabulary as words
 from ._guard import guard, lost_quietly
-from ._leases import NEVER
+from ._leases import lend_nobody
 from ._outbox import LIMIT
 from ._watch import Refusal, Watch, clock, current_passage, detour
 
@@ -157,13 +157,43 @@ def acquire(
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
         plain = original if bare is None else bare(original)
         # Asked of what is inside: redis-py 5.3 to 7.1 wrap a coroutine function in a plain one.
-        twin = _async_checkout if inspect.iscoroutinefunction(plain) else _checkout
+        if inspect.iscoroutinefunction(plain):
+            twin = _async_checkout
+        else:
+            twin = _plain_checkout if crowded is None and takes(original) == 1 else _checkout
         return twin(original, registry, plain=plain, lease=lease, refusal=refusal, crowded=crowded)
 
     return Hook("acquire", where, compile)
 
 
-def _checkout(  # noqa: C901  # a branch costs less than the call that would take its place
+# A catch-all for arguments costs as much as ten lines of a twin: where the method has none, its twin has none either.
+CATCH_ALL = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+
+
+def takes(method: Any) -> int | None:
+    """How many parameters a method has, its object included, if each can be given by place and by name."""
+    code = getattr(method, "__code__", None)
+    if code is None or code.co_posonlyargcount or code.co_kwonlyargcount or code.co_flags & CATCH_ALL:
+        return None
+    count: int = code.co_argcount
+    return count
+
+
+def named_like(original: Any, twin: Any) -> Callable[..., Any]:
+    """The twin, with the names and defaults that its parameters have in the original."""
+    names, own = original.__code__.co_varnames, twin.__code__.co_varnames
+    count = twin.__code__.co_argcount
+    twin.__code__ = twin.__code__.replace(co_varnames=(*names[:count], *own[count:]))
+    twin.__defaults__ = original.__defaults__
+    like: Callable[..., Any] = twin
+    return like
+
+
+# Of what follows three times, all of the common case stands where it happens: a call would cost as much as any of its
+# lines. So would a catch-all for arguments where there are none, which is why `_plain_checkout` is not `_checkout`.
+
+
+def _plain_checkout(  # noqa: C901  # a branch costs less than the call that would take its place
     original: Callable[..., Any],
     registry: Registry,
     *,
@@ -173,35 +203,34 @@ def _checkout(  # noqa: C901  # a branch costs less than the call that would tak
     crowded: Pick | None,
 ) -> Callable[..., Any]:
     watches, meet, passage, lend = registry.watches, registry.meet, current_passage, registry.lend
+    knows = lend is not lend_nobody
 
-    # All of the common case stands here, because a call would cost as much as any of its lines.
-    def checkout(pool: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: C901  # the same
-        watch = watches.get(id(pool)) or meet(pool)
+    def checkout(pool: Any) -> Any:  # noqa: C901  # the same
+        try:
+            watch: Watch | None = watches[id(pool)]
+        except KeyError:
+            watch = meet(pool)
         if watch is None:
-            return original(pool, *args, **kwargs)
+            return original(pool)
         waiting, start = watch.waiting, clock()
-        waiting[start] = start
+        waiting.append(start)
         try:
-            if crowded is not None and crowded(pool):
-                detour(words.QUEUED)
-        except Exception as mistake:
-            lost_quietly("a queue", mistake)
-        try:
-            # Unpacking costs more than asking whether there is anything to unpack.
-            result = original(pool, *args, **kwargs) if args or kwargs else plain(pool)
+            result = plain(pool)
         except BaseException as error:
-            waiting.pop(start, None)
-            watch.failed(start, error, refusal)
+            watch.failed(waiting, start, error, refusal)
             raise
         end = clock()
-        waiting.pop(start, None)
         try:
+            waiting.remove(start)
             held = result if lease is None else lease(result)
             if held is not None:
                 leases, key = watch.leases, id(held)
-                leases[key] = loan = lend(end)
-                if watch.holding.setdefault(loan[1], key) != key:
-                    watch.nests(loan[1], key)
+                if knows:
+                    leases[key] = loan = lend(end)
+                    if watch.holding.setdefault(loan[1], key) != key:
+                        watch.nests(loan[1], key)
+                else:
+                    leases[key] = end, 0, None, None, None, -1, None, None  # `lend_nobody`, without the call
                 if len(leases) > watch.ledger.peak:
                     watch.ledger.peak = len(leases)
                 seconds = end - start
@@ -211,6 +240,70 @@ def _checkout(  # noqa: C901  # a branch costs less than the call that would tak
                     if len(waits) > LIMIT:
                         watch.ledger.outbox.spill()
                 else:
+                    watch.acquired(start, seconds, key)
+        except Exception as mistake:
+            lost_quietly("a checkout", mistake)
+        return result
+
+    return checkout
+
+
+def _checkout(  # noqa: C901  # the same
+    original: Callable[..., Any],
+    registry: Registry,
+    *,
+    plain: Callable[..., Any],
+    lease: Pick | None,
+    refusal: Refusal,
+    crowded: Pick | None,
+) -> Callable[..., Any]:
+    watches, meet, passage, lend = registry.watches, registry.meet, current_passage, registry.lend
+    knows = lend is not lend_nobody
+
+    def checkout(pool: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: C901, PLR0912  # the same
+        try:
+            watch: Watch | None = watches[id(pool)]
+        except KeyError:
+            watch = meet(pool)
+        if watch is None:
+            return original(pool, *args, **kwargs)
+        waiting, start = watch.waiting, clock()
+        waiting.append(start)
+        queues = False
+        if crowded is not None:
+            try:
+                queues = crowded(pool)
+            except Exception as mistake:
+                lost_quietly("a queue", mistake)
+        try:
+            # Unpacking costs more than asking whether there is anything to unpack.
+            result = original(pool, *args, **kwargs) if args or kwargs else plain(pool)
+        except BaseException as error:
+            watch.failed(waiting, start, error, refusal, queues)
+            raise
+        end = clock()
+        try:
+            waiting.remove(start)
+            held = result if lease is None else lease(result)
+            if held is not None:
+                leases, key = watch.leases, id(held)
+                if knows:
+                    leases[key] = loan = lend(end)
+                    if watch.holding.setdefault(loan[1], key) != key:
+                        watch.nests(loan[1], key)
+                else:
+                    leases[key] = end, 0, None, None, None, -1, None, None  # the same
+                if len(leases) > watch.ledger.peak:
+                    watch.ledger.peak = len(leases)
+                seconds = end - start
+                if passage() is None and seconds < watch.slow:
+                    waits = watch.queues if queues else watch.waits
+                    waits.append(seconds)
+                    if len(waits) > LIMIT:
+                        watch.ledger.outbox.spill()
+                else:
+                    if queues:
+                        detour(words.QUEUED)
                     watch.acquired(start, seconds, key)
         except Exception as mistake:
             lost_quietly("a checkout", mistake)
@@ -229,43 +322,52 @@ def _async_checkout(  # noqa: C901  # the same
     crowded: Pick | None,
 ) -> Callable[..., Any]:
     watches, meet, passage, lend = registry.watches, registry.meet, current_passage, registry.lend
+    knows = lend is not lend_nobody
 
-    async def checkout(pool: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: C901  # the same
-        watch = watches.get(id(pool)) or meet(pool)
+    async def checkout(pool: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: C901, PLR0912  # the same
+        try:
+            watch: Watch | None = watches[id(pool)]
+        except KeyError:
+            watch = meet(pool)
         if watch is None:
             return await original(pool, *args, **kwargs)
         waiting, start = watch.waiting, clock()
-        waiting[start] = start
-        try:
-            if crowded is not None and crowded(pool):
-                detour(words.QUEUED)
-        except Exception as mistake:
-            lost_quietly("a queue", mistake)
+        waiting.append(start)
+        queues = False
+        if crowded is not None:
+            try:
+                queues = crowded(pool)
+            except Exception as mistake:
+                lost_quietly("a queue", mistake)
         try:
             result = await (original(pool, *args, **kwargs) if args or kwargs else plain(pool))
         except BaseException as error:
-            waiting.pop(start, None)
-            watch.failed(start, error, refusal)
+            watch.failed(waiting, start, error, refusal, queues)
             raise
-        waiting.pop(start, None)
         end = clock()
         try:
+            waiting.remove(start)
             held = result if lease is None else lease(result)
+            leases, key = watch.leases, id(held)
             # A call inside this one may have said so already.
-            if held is not None and watch.leases.get(id(held), NEVER)[0] < start:
-                key = id(held)
-                watch.leases[key] = loan = lend(end)
-                if watch.holding.setdefault(loan[1], key) != key:
-                    watch.nests(loan[1], key)
+            if held is not None and (key not in leases or leases[key][0] < start):
+                if knows:
+                    leases[key] = loan = lend(end)
+                    if watch.holding.setdefault(loan[1], key) != key:
+                        watch.nests(loan[1], key)
+                else:
+                    leases[key] = end, 0, None, None, None, -1, None, None  # the same
+                if len(leases) > watch.ledger.peak:
+                    watch.ledger.peak = len(leases)
                 seconds = end - start
-                if len(watch.leases) > watch.ledger.peak:
-                    watch.ledger.peak = len(watch.leases)
                 if passage() is None and seconds < watch.slow:
-                    waits = watch.waits
+                    waits = watch.queues if queues else watch.waits
                     waits.append(seconds)
                     if len(waits) > LIMIT:
                         watch.ledger.outbox.spill()
                 else:
+                    if queues:
+                        detour(words.QUEUED)
                     watch.acquired(start, seconds, key)
         except Exception as mistake:
             lost_quietly("a checkout", mistake)
@@ -289,32 +391,54 @@ def release(where: str, *, pool: Pick, loan: Pick | None = None) -> Hook:
     """
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
-        owners, find = registry.owners, registry.find
+        if takes(original) == 2:  # noqa: PLR2004  # as that has
+            return named_like(original, _checkin_with_flag(original, registry, pool, loan))
+        ended = _checkin_with_flag(_ignoring, registry, pool, loan)
 
         def checkin(held: Any, *args: Any, **kwargs: Any) -> Any:
-            try:
-                watch = owners.get(id(held)) or find(pool(held))
-                if watch is not None:
-                    key = id(held)
-                    lease = watch.leases.pop(key, None)
-                    if lease is None:
-                        watch.returned(held)
-                    else:
-                        if (has := watch.holding.pop(lease[1], None)) != key:
-                            watch.has_back(lease[1], key, has)
-                        seconds = clock() - lease[0]
-                        watch.uses.append(seconds)
-                        if seconds > watch.patience:
-                            watch.late(lease, seconds)
-                        if loan is not None and (ref := loan(held)) is not None and ref() is None:
-                            watch.collected(lease)
-            except Exception as mistake:
-                lost_quietly("a checkin", mistake)
-            return original(held, *args, **kwargs) if args or kwargs else original(held)
+            ended(held, None)
+            return original(held, *args, **kwargs)
 
         return checkin
 
     return Hook("release", where, compile)
+
+
+def _ignoring(*_: Any) -> None:
+    pass
+
+
+def _checkin_with_flag(
+    original: Callable[[Any, Any], Any], registry: Registry, pool: Pick, loan: Pick | None
+) -> Callable[[Any, Any], Any]:
+    owners, find, knows = registry.owners, registry.find, registry.lend is not lend_nobody
+
+    def checkin(held: Any, flag: Any) -> Any:
+        try:
+            key = id(held)
+            try:
+                watch: Watch | None = owners[key]
+            except KeyError:
+                watch = find(pool(held))
+            if watch is not None:
+                lease = watch.leases.pop(key, None)
+                if lease is None:
+                    watch.returned(held)
+                else:
+                    seconds = clock() - lease[0]
+                    watch.uses.append(seconds)
+                    if seconds > watch.patience:
+                        watch.late(lease, seconds)
+                    if knows:
+                        if (has := watch.holding.pop(lease[1], None)) != key:
+                            watch.has_back(lease[1], key, has)
+                        if loan is not None and (ref := loan(held)) is not None and ref() is None:
+                            watch.collected(lease)
+        except Exception as mistake:
+            lost_quietly("a checkin", mistake)
+        return original(held, flag)
+
+    return checkin
 
 
 def take_back(where: str, *, out: Callable[[Any, Any], bool]) -> Hook:
@@ -337,16 +461,19 @@ def take_back(where: str, *, out: Callable[[Any, Any], bool]) -> Hook:
 
 
 def _checkin(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
-    watches, find = registry.watches, registry.find
+    watches, find, knows = registry.watches, registry.find, registry.lend is not lend_nobody
 
     def checkin(pool: Any, connection: Any) -> Any:
         try:
-            watch = watches.get(id(pool)) or find(pool)
+            try:
+                watch: Watch | None = watches[id(pool)]
+            except KeyError:
+                watch = find(pool)
             if watch is not None:
                 key = id(connection)
                 lease = watch.leases.pop(key, None)
                 if lease is not None:
-                    if (has := watch.holding.pop(lease[1], None)) != key:
+                    if knows and (has := watch.holding.pop(lease[1], None)) != key:
                         watch.has_back(lease[1], key, has)
                     seconds = clock() - lease[0]
                     watch.uses.append(seconds)
@@ -537,7 +664,7 @@ def connect(where: str, *, is_open: Pick) -> Hook:
             return None if watch is None else _until_open(watch.opening(connection), connection, is_open)
 
         twin = _async_open if inspect.iscoroutinefunction(original) else _open
-        return twin(original, is_open, begin)
+        return _if_closed(original, is_open, twin(original, begin))
 
     return Hook("create", where, compile)
 
@@ -556,16 +683,37 @@ def _until_open(
     return end
 
 
-def _open(original: Callable[..., Any], is_open: Pick, begin: Begin) -> Callable[..., Any]:
-    def open(connection: Any, *args: Any, **kwargs: Any) -> Any:
-        end = None
+def _if_closed(original: Callable[..., Any], is_open: Pick, opens: Callable[..., Any]) -> Callable[..., Any]:
+    """Every checkout calls it, and hardly ever is there something to open: no catch-all for that."""
+
+    def way(connection: Any) -> Callable[..., Any]:
         try:
-            if not is_open(connection):
-                end = begin(connection)
+            return original if is_open(connection) else opens
         except Exception as mistake:
             lost_quietly("a creation", mistake)
-        if end is None:
-            return original(connection, *args, **kwargs)
+            return original
+
+    def open(connection: Any) -> Any:
+        return way(connection)(connection)
+
+    def open_with_two(connection: Any, first: Any, second: Any) -> Any:
+        return way(connection)(connection, first, second)
+
+    def open_with_any(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        return way(connection)(connection, *args, **kwargs)
+
+    async def async_open(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        return await way(connection)(connection, *args, **kwargs)
+
+    if inspect.iscoroutinefunction(original):
+        return async_open
+    twin = {1: open, 3: open_with_two}.get(takes(original) or 0)
+    return open_with_any if twin is None else named_like(original, twin)
+
+
+def _open(original: Callable[..., Any], begin: Begin) -> Callable[..., Any]:
+    def open(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        end = _begun(begin, connection)
         try:
             result = original(connection, *args, **kwargs)
         except BaseException as error:
@@ -577,16 +725,9 @@ def _open(original: Callable[..., Any], is_open: Pick, begin: Begin) -> Callable
     return open
 
 
-def _async_open(original: Callable[..., Any], is_open: Pick, begin: Begin) -> Callable[..., Any]:
+def _async_open(original: Callable[..., Any], begin: Begin) -> Callable[..., Any]:
     async def open(connection: Any, *args: Any, **kwargs: Any) -> Any:
-        end = None
-        try:
-            if not is_open(connection):
-                end = begin(connection)
-        except Exception as mistake:
-            lost_quietly("a creation", mistake)
-        if end is None:
-            return await original(connection, *args, **kwargs)
+        end = _begun(begin, connection)
         try:
             result = await original(connection, *args, **kwargs)
         except BaseException as error:
@@ -596,6 +737,14 @@ def _async_open(original: Callable[..., Any], is_open: Pick, begin: Begin) -> Ca
         return result
 
     return open
+
+
+def _begun(begin: Begin, connection: Any) -> Callable[[BaseException | None], None]:
+    try:
+        return begin(connection) or _ignoring
+    except Exception as mistake:
+        lost_quietly("a creation", mistake)
+        return _ignoring
 
 
 def disconnect(where: str, *, is_open: Pick, reason: Callable[[], str]) -> Hook:

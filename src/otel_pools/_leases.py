@@ -21,10 +21,6 @@ Lease = tuple[Any, ...]
 Lend = Callable[[float], Lease]
 
 
-# Before all others.
-NEVER: Lease = (-1.0, 0, None, None, None, -1, None, None)
-
-
 class Loan(NamedTuple):
     """
     A lease, by the names of its parts.
@@ -113,6 +109,11 @@ def lend(since: float) -> Lease:
             break
         via, frame = code, frame.f_back
     return since, owner, name, copy_context(), *_further(frame or _beyond(), via), by
+
+
+def lend_nobody(since: float) -> Lease:
+    """A lease that knows its beginning alone; whose, and nobody's thread has the number 0, nobody asked."""
+    return since, 0, None, None, None, -1, None, None
 
 
 def lend_barely(since: float) -> Lease:

@@ -66,6 +66,7 @@ class Batch(NamedTuple):
     """Samples that are counted and wait for a collection."""
 
     waits: list[float]
+    queues: list[float]
     notes: list[Note]
     uses: list[float]
     creates: list[float]
@@ -75,6 +76,7 @@ class Batch(NamedTuple):
         """Both, the other's last."""
         return Batch(
             self.waits + other.waits,
+            self.queues + other.queues,
             self.notes + other.notes,
             self.uses + other.uses,
             self.creates + other.creates,
@@ -83,17 +85,17 @@ class Batch(NamedTuple):
 
     def sizes(self) -> list[int]:
         """How many there are of each kind."""
-        return [len(self.waits), len(self.notes), len(self.uses), len(self.creates), len(self.lives)]
+        return [len(samples) for samples in self]
 
 
-NOTHING = Batch([], [], [], [], [])
+NOTHING = Batch([], [], [], [], [], [])
 
 
 class Outbox:
     """
     What happened under one pool name and nobody has collected yet.
 
-    The eight lists are the whole interface to the request and release paths:
+    The nine lists are the whole interface to the request and release paths:
     those only ever `append`, which is atomic, so a finaliser may run them
     inside anything, and they need no lock.
 
@@ -121,12 +123,14 @@ class Outbox:
         "news",
         "notes",
         "period",
+        "queues",
         "uses",
         "waits",
     )
 
     def __init__(self) -> None:
         self.waits: list[float] = []  # of the common kind: an idle connection, at once
+        self.queues: list[float] = []  # of who stood in line, and soon got an idle one
         self.notes: list[Note] = []  # of every other kind
         self.uses: list[float] = []
         self.creates: list[float] = []
@@ -155,7 +159,7 @@ class Outbox:
         return sum(map(len, self._lists())) + sum(self._kept.sizes())
 
     def _lists(self) -> tuple[list[Any], ...]:
-        return self.waits, self.notes, self.uses, self.creates, self.lives
+        return self.waits, self.queues, self.notes, self.uses, self.creates, self.lives
 
     def fold(self) -> None:
         """Count everything that is waiting, and keep it for who collects."""
@@ -181,7 +185,7 @@ class Outbox:
             if histogram is not None:
                 record_all(histogram, samples, identity)
         if histograms.wait is not None:
-            _deliver_waits(histograms.wait, batch.waits, batch.notes, identity)
+            _deliver_waits(histograms.wait, batch, identity)
 
     def counted(self, error: str | None, more: int) -> None:
         """Add checkouts that somebody else has counted, whose path nobody knows; may be called by a finaliser."""
@@ -256,9 +260,10 @@ class Outbox:
 
     def _fold(self, *, collecting: bool = False) -> None:
         """Empty the lists, and count what was in them."""
-        fresh = Batch(_cut(self.waits), _cut(self.notes), _cut(self.uses), _cut(self.creates), _cut(self.lives))
-        if fresh.waits:
-            self._checkouts[words.IDLE, None] += len(fresh.waits)
+        fresh = Batch(*map(_cut, self._lists()))
+        for path, samples in ((words.IDLE, fresh.waits), (words.QUEUED, fresh.queues)):
+            if samples:
+                self._checkouts[path, None] += len(samples)
         if fresh.notes:
             self._note(fresh.notes)
         self._created += len(fresh.creates)
@@ -269,6 +274,7 @@ class Outbox:
         if events:
             self._tell(events)
         _time(self.period.wait, fresh.waits, collecting)
+        _time(self.period.wait, fresh.queues, collecting)
         _time(self.period.use, fresh.uses, collecting)
         _time(self.period.create, fresh.creates, collecting)
         self._kept = self._kept.plus(fresh) if any(self._kept.sizes()) else fresh
@@ -302,10 +308,12 @@ def _time(distribution: Distribution, samples: list[float], collecting: bool) ->
         distribution.add(samples)
 
 
-def _deliver_waits(wait: Histogram, waits: list[float], notes: list[Note], identity: Mapping[str, str | int]) -> None:
-    record_all(wait, waits, {**identity, words.PATH: words.IDLE})
+def _deliver_waits(wait: Histogram, batch: Batch, identity: Mapping[str, str | int]) -> None:
+    record_all(wait, batch.waits, {**identity, words.PATH: words.IDLE})
     alike: defaultdict[tuple[str, str | None], list[float]] = defaultdict(list)
-    for note in notes:
+    if batch.queues:
+        alike[words.QUEUED, None].extend(batch.queues)
+    for note in batch.notes:
         if note.context is None:
             alike[note.path, note.error].append(note.seconds)
         else:  # by itself, so that its exemplar points at the trace that waited

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _leaks
 from ._guard import guard, lost_quietly, once
-from ._leases import Lend, lend, lend_barely, lend_with_stack, settle
+from ._leases import Lend, lend, lend_barely, lend_nobody, lend_with_stack, settle
 from ._model import Identity, Reading, Snapshot
 from ._period import Period
 from ._stale import stale
@@ -62,8 +62,9 @@ class Registry:
         self.target = target
         self.settings = settings
         self.spans = spans
-        self.lend: Lend = lend_with_stack if settings.stacks else lend if settings.call_site else lend_barely
-        self.patience = settings.leak_threshold or math.inf
+        self.lend = _lender(settings)
+        # Of whom nothing is known it is not known either whether he holds it on purpose.
+        self.patience = (settings.holders and settings.leak_threshold) or math.inf
         self.watches: dict[int, Watch] = {}  # those that hand out connections
         self.resting: dict[int, Watch] = {}  # those that were replaced, until their last connection is gone
         self.sighted: dict[int, KeyedRef] = {}  # those we know of and have not met
@@ -228,6 +229,12 @@ class Registry:
             table.clear()
         for pool in pools:
             self.sight(pool)
+
+
+def _lender(settings: Settings) -> Lend:
+    if not settings.holders:
+        return lend_nobody
+    return lend_with_stack if settings.stacks else lend if settings.call_site else lend_barely
 
 
 _alive: weakref.WeakSet[Registry] = weakref.WeakSet()

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from . import _vocabulary as words
 from ._guard import guard, lost_quietly
-from ._hooks import Hook, Pick
+from ._hooks import Hook, Pick, named_like, takes
 from ._outbox import LIMIT
-from ._watch import ABANDONED, Refusal, Watch, clock, kind
+from ._watch import ABANDONED, Refusal, Watch, clock, kind, no_more
 
 if TYPE_CHECKING:
     from ._registry import Registry
 
 # An attribute of the request, which is made for one call; never an entry of its extensions, which callers share.
 KEY = "_otel_pools_visit"
+TWO = 2  # parameters: the place, and for how long to wait
 IDLE = words.IDLE
 
 
@@ -36,7 +37,7 @@ class Visit:
     refused: BaseException | None = None
     context: Any = None
     since = 0.0
-    ticket: tuple[dict[float, float], float] | None = None  # where it waits, if it does
+    ticket: tuple[list[float], float] | None = None  # where it waits, if it does
     start = 0.0
 
     def __init__(self, watch: Watch) -> None:
@@ -51,7 +52,8 @@ class Visit:
                 lease = self.watch.leases.pop(id(self), None)
                 if lease is not None:
                     self.watch.collected(lease)
-            self.waits_no_more()
+            if self.ticket is not None:
+                self.waits_no_more()
         except Exception as mistake:
             lost_quietly("a request that is gone", mistake)
 
@@ -69,7 +71,7 @@ class Visit:
         now = clock()
         self.start = self.start or now
         waiting = self.watch.waiting
-        waiting[self.start] = self.start
+        waiting.append(self.start)
         self.ticket = waiting, self.start
         return now
 
@@ -83,7 +85,7 @@ class Visit:
         """It got a connection, or gave up."""
         if self.ticket is not None:
             waiting, ticket = self.ticket
-            waiting.pop(ticket, None)
+            no_more(waiting, ticket)
             self.ticket = None
 
     def served(self) -> None:
@@ -163,7 +165,11 @@ class Visit:
         watch, self.connection = self.watch, None
         lease = watch.leases.pop(id(self), None)
         if lease is not None:
-            watch.used(id(self), lease, clock())
+            # As `Watch.used`, without asking what else its owner has: under trio nobody could say who that is.
+            seconds = clock() - lease[0]
+            watch.uses.append(seconds)
+            if seconds > watch.patience:
+                watch.late(lease, seconds)
 
 
 def visit_of(request: Any) -> Visit | None:
@@ -219,11 +225,13 @@ Failed = Callable[[Visit, BaseException], None]
 
 def _handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed) -> Callable[..., Any]:
     def handle(pool: Any, request: Any) -> Any:
-        watch = find(id(pool)) or meet(pool, request)
-        if watch is None:
-            return original(pool, request)
-        arrived = _arrives(watch, request)
-        if arrived is None:
+        watch, arrived = find(id(pool)) or meet(pool, request), None
+        if watch is not None:
+            try:
+                request._otel_pools_visit = arrived = Visit(watch)
+            except Exception as mistake:
+                lost_quietly("a request", mistake)
+        if watch is None or arrived is None:
             return original(pool, request)
         try:
             response = original(pool, request)
@@ -244,11 +252,13 @@ def _handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed
 
 def _async_handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed) -> Callable[..., Any]:
     async def handle(pool: Any, request: Any) -> Any:
-        watch = find(id(pool)) or meet(pool, request)
-        if watch is None:
-            return await original(pool, request)
-        arrived = _arrives(watch, request)
-        if arrived is None:
+        watch, arrived = find(id(pool)) or meet(pool, request), None
+        if watch is not None:
+            try:
+                request._otel_pools_visit = arrived = Visit(watch)
+            except Exception as mistake:
+                lost_quietly("a request", mistake)
+        if watch is None or arrived is None:
             return await original(pool, request)
         try:
             response = await original(pool, request)
@@ -265,16 +275,6 @@ def _async_handle(original: Callable[..., Any], find: Find, meet: Meet, failed: 
         return response
 
     return handle
-
-
-def _arrives(watch: Watch, request: Any) -> Visit | None:
-    # Not where it is called: a request that then fails would fail while a mistake of ours is handled.
-    try:
-        request._otel_pools_visit = arrived = Visit(watch)
-    except Exception as mistake:
-        lost_quietly("a request", mistake)
-        return None
-    return arrived
 
 
 def _spill(watch: Watch) -> None:
@@ -313,8 +313,16 @@ def wait(where: str, *, ended: Pick) -> Hook:
     return Hook("queue", where, compile)
 
 
+def _visit_at(place: Any) -> Visit | None:
+    try:
+        return visit_of(getattr(place, "request", None))
+    except Exception as mistake:
+        lost_quietly("a request", mistake)
+        return None
+
+
 def _line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
-    def line_up(place: Any, *args: Any, **kwargs: Any) -> Any:
+    def line_up(place: Any, timeout: Any) -> Any:
         arrived = None
         try:
             arrived = getattr(getattr(place, "request", None), KEY, None)
@@ -323,8 +331,8 @@ def _line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
             at_once = False
             lost_quietly("a request", mistake)
         if arrived is None or not at_once:
-            return stand_in_line(arrived, place, *args, **kwargs)
-        arrived.connection = connection = original(place, *args, **kwargs)
+            return stand_in_line(arrived, place, timeout)
+        arrived.connection = connection = original(place, timeout)
         try:
             watch = arrived.watch
             leases, arrived.since = watch.leases, clock()
@@ -348,11 +356,14 @@ def _line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
         _served(arrived)
         return connection
 
-    return line_up
+    def line_up_somehow(place: Any, *args: Any, **kwargs: Any) -> Any:
+        return stand_in_line(_visit_at(place), place, *args, **kwargs)
+
+    return named_like(original, line_up) if takes(original) == TWO else line_up_somehow
 
 
 def _async_line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
-    async def line_up(place: Any, *args: Any, **kwargs: Any) -> Any:
+    async def line_up(place: Any, timeout: Any) -> Any:
         arrived = None
         try:
             arrived = getattr(getattr(place, "request", None), KEY, None)
@@ -361,8 +372,8 @@ def _async_line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., A
             at_once = False
             lost_quietly("a request", mistake)
         if arrived is None or not at_once:
-            return await stand_in_line(arrived, place, *args, **kwargs)
-        arrived.connection = connection = await original(place, *args, **kwargs)
+            return await stand_in_line(arrived, place, timeout)
+        arrived.connection = connection = await original(place, timeout)
         try:
             watch = arrived.watch
             leases, arrived.since = watch.leases, clock()
@@ -386,7 +397,10 @@ def _async_line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., A
         _served(arrived)
         return connection
 
-    return line_up
+    async def line_up_somehow(place: Any, *args: Any, **kwargs: Any) -> Any:
+        return await stand_in_line(_visit_at(place), place, *args, **kwargs)
+
+    return named_like(original, line_up) if takes(original) == TWO else line_up_somehow
 
 
 def _begin(arrived: Visit, place: Any, ended: Pick) -> float | None:
@@ -474,7 +488,7 @@ def leave(where: str, *, request: Pick, ended: Pick) -> Hook:
     def compile(original: Callable[..., Any], _: Registry) -> Callable[..., Any]:
         def over(body: Any) -> None:
             try:
-                arrived = request(body).__dict__.get(KEY)
+                arrived = visit_of(request(body))
                 if arrived is not None and (connection := arrived.connection) is not None:
                     arrived.left()
                     if id(connection) in arrived.watch.opened and connection.is_closed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from operator import itemgetter
@@ -81,6 +82,12 @@ def _ended(passage: Passage | None, start: float) -> Passage | None:
     return passage if passage.since >= start else None
 
 
+def no_more(line: list[float], since: float) -> None:
+    """Who waits there since this moment waits no more."""
+    with suppress(ValueError):
+        line.remove(since)
+
+
 class KeyedRef(weakref.ref[Any]):
     """A weak reference that knows which entry of a table it stands in."""
 
@@ -110,8 +117,7 @@ class Ledger:
 
     def __init__(self, identity: Identity) -> None:
         self.identity = identity
-        # Since when -> the same: a moment is ticket enough, as nobody else's clock was read in it.
-        self.waiting: dict[float, float] = {}
+        self.waiting: list[float] = []  # since when, the earliest first; whose is all the same
         self.leases: dict[int, Lease] = {}  # id of what is held -> by whom, and since when
         self.overdue: dict[int, Lease] = {}  # those that were out for too long at the last look
         self.looking = Lock()  # of two collections at once the second takes what the first has found
@@ -171,6 +177,7 @@ class Watch:
         "owners",
         "patience",
         "pool",
+        "queues",
         "registry",
         "slow",
         "uses",
@@ -182,7 +189,7 @@ class Watch:
     def __init__(self, pool: weakref.ref[Any], ledger: Ledger, registry: Registry) -> None:
         self.pool = pool
         self.ledger: Ledger
-        self.waiting: dict[float, float]
+        self.waiting: list[float]
         self.leases: dict[int, Lease]
         self.holding: dict[int, int | set[int]] = {}  # who -> id of what it has of this pool, or the ids
         self.owners = registry.owners  # shared by all pools: id of a connection -> whose it is
@@ -221,7 +228,8 @@ class Watch:
         self.ledger = ledger
         # Short cuts: these are looked up on every checkout.
         self.waiting, self.leases = ledger.waiting, ledger.leases
-        self.waits, self.uses, self.notes = ledger.outbox.waits, ledger.outbox.uses, ledger.outbox.notes
+        outbox = ledger.outbox
+        self.waits, self.queues, self.uses, self.notes = outbox.waits, outbox.queues, outbox.uses, outbox.notes
 
     # -- what can happen -------------------------------------------------------
 
@@ -289,9 +297,14 @@ class Watch:
         elif held is not None:
             self.holding[owner] = held
 
-    def failed(self, start: float, error: BaseException, refusal: Refusal) -> None:
-        """Somebody asked and got none; *error* goes on to the caller untouched."""
+    def failed(
+        self, line: list[float], start: float, error: BaseException, refusal: Refusal, queued: bool = False
+    ) -> None:
+        """Somebody asked, waited in this line and got none; *error* goes on to the caller untouched."""
         with guard("a failed checkout"):
+            no_more(line, start)
+            if queued:
+                detour(words.QUEUED)
             if (owner := who()[0]) in self.holding:
                 self.nests(owner, None)
             seconds = clock() - start

@@ -125,7 +125,8 @@ class PoolContract:
     A target's test class inherits this and says how to `open` a pool of at
     most two connections, `borrow` one, `give_back` it and `shut` the pool;
     any of the four may be a coroutine function. What a library cannot tell is
-    declared in the class, visibly.
+    declared in the class, visibly. Each test runs with and without holders being
+    noted, as the ways of a checkout are not the same.
 
     Attributes:
         target: The target's name.
@@ -181,9 +182,12 @@ class PoolContract:
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
 
-    @pytest.fixture(autouse=True)
-    def _watched(self, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    @pytest.fixture(autouse=True, params=[True, False], ids=["holders", "no holders"])
+    def _watched(
+        self, request: pytest.FixtureRequest, telemetry: Telemetry, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[None]:
         monkeypatch.setattr(_guard, "loud", True)
+        monkeypatch.setenv("OTEL_POOLS_HOLDERS", str(request.param))
         gc.collect()  # pools of an earlier test would be found, and rightly counted
         self.instrument(telemetry)
         yield
