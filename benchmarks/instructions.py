@@ -24,7 +24,9 @@ ALIKE = 8  # pools
 MANY, CYCLES = 400, {"httpx": 80}  # of one measure; some are longer
 MARK = "getloadavg"  # a function of libc that nothing here calls but us
 SEED = "0"
-Figures = dict[str, Any]  # of one target: instructions a cycle, their ratio, and of which version
+WAYS: dict[str, dict[str, bool]] = {"ours": {"holders": False}, "all on": {}}
+DUMPS = 3 * (1 + len(WAYS))  # of one target
+Figures = dict[str, Any]  # of one target and way: instructions a cycle, their ratio, and of which version
 
 
 class Unavailable(Exception):  # noqa: N818  # it is none
@@ -35,7 +37,7 @@ class Unavailable(Exception):  # noqa: N818  # it is none
 
 
 def program() -> None:
-    """Of each target some cycles, then twice as many, bare and ours; between marks. No SDK: a cycle calls none."""
+    """Of each target some cycles, then twice as many, bare and each way; between marks. No SDK: a cycle calls none."""
     import otel_pools
 
     # Several, as what a look-up takes depends on where in memory its key happens to be.
@@ -45,10 +47,11 @@ def program() -> None:
     for target, alike in pools.items():
         cycles = [pool.cycle for pool in alike]
         _marked(target, cycles)
-        # No wait is slow, however slow valgrind is.
-        otel_pools.instrument(target, span_threshold=1000)
-        _marked(target, cycles)
-        otel_pools.uninstrument(target)
+        for way in WAYS.values():
+            # No wait is slow, however slow valgrind is.
+            otel_pools.instrument(target, span_threshold=1000, **way)
+            _marked(target, cycles)
+            otel_pools.uninstrument(target)
 
 
 def _marked(target: str, cycles: list[Callable[[], Any]]) -> None:
@@ -70,19 +73,24 @@ def _repeat(cycles: list[Callable[[], Any]], rounds: int) -> None:
 
 
 def measure() -> dict[str, Figures]:
-    """Instructions a cycle, bare and ours, of all targets."""
+    """Instructions a cycle, bare and in our ways, of all targets."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out")
         _valgrind(out)
         # A dump at each mark: what was before the first cycles, these, twice as many; and again.
-        dumps = iter([_total(Path(f"{out}.{number + 1}")) for number in range(6 * len(POOLS))])
-    return {target: _figures(target, [next(dumps) for _ in range(6)]) for target in POOLS}
+        dumps = iter([_total(Path(f"{out}.{number + 1}")) for number in range(DUMPS * len(POOLS))])
+    figures = [(target, _figures(target, [next(dumps) for _ in range(DUMPS)])) for target in POOLS]
+    return {f"{target}, {way}": told for target, ways in figures for way, told in ways.items()}
 
 
-def _figures(target: str, taken: list[int]) -> Figures:
-    bare, ours = ((taken[place + 1] - taken[place]) // CYCLES.get(target, MANY) for place in (1, 4))
+def _figures(target: str, taken: list[int]) -> dict[str, Figures]:
+    cycles = CYCLES.get(target, MANY)
+    bare, *ours = ((taken[place + 1] - taken[place]) // cycles for place in range(1, DUMPS, 3))
     name = POOLS[target].distribution
-    return {"bare": bare, "added": ours - bare, "ratio": round(ours / bare, 4), name: version(name)}
+    return {
+        way: {"bare": bare, "added": one - bare, "ratio": round(one / bare, 4), name: version(name)}
+        for way, one in zip(WAYS, ours, strict=True)
+    }
 
 
 def _valgrind(out: Path) -> None:
@@ -107,7 +115,7 @@ def _total(file: Path) -> int:
 
 
 def recorded() -> Mapping[str, Figures]:
-    """The figures of this minor version of Python, by target."""
+    """The figures of this minor version of Python, by target and way."""
     minor, all = _minor(), json.loads(RECORD.read_text()) if RECORD.exists() else {}
     if minor not in all:
         raise Unavailable(f"nothing is recorded for Python {minor}: run {Path(__file__).name} --update with it")
@@ -155,7 +163,7 @@ def main() -> None:
         return
     now = measure()
     for target, figures in now.items():
-        print(f"{target:12} {figures}")
+        print(f"{target:20} {figures}")
     if chosen.update:
         update(now)
     sys.exit("\n".join(regressions(now, recorded())) or 0)

@@ -6,36 +6,35 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-WIDTH, LEFT, ROW, BAR = 860, 250, 34, 11
-COLOURS = {"ours": "#2f7ed8", "peer": "#b9b9b9"}
+WIDTH, LEFT, ROW, BAR = 860, 250, 46, 11
+COLOURS = {"ours": "#2f7ed8", "full": "#8bbc21", "peer": "#b9b9b9"}
 STYLE = "text{font:12px system-ui,sans-serif;fill:#777}.n{font-weight:600}"
 
 
-def bars(parts: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:
-    """Each cycle on stubs or a server: its name, ours / bare, and that of what else there is."""
+def bars(parts: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each cycle on stubs or a server: its name, ours / bare, all on / bare, and that of what else there is."""
     for told in parts.values():
         for name, row in told["rows"].items():
-            others = [value for key, value in row.items() if key.endswith("/bare")][3:]
-            yield name, row["ours/bare"], others[0] if others else None
+            _, *ratios = [value for key, value in row.items() if key.endswith("/bare")]
+            yield name, dict(zip(COLOURS, ratios, strict=False))
 
 
 def svg(parts: Mapping[str, Any]) -> str:
-    """Two bars a cycle, from 1 (bare) on."""
+    """Two or three bars a cycle, from 1 (bare) on."""
     rows = list(bars(parts))
-    most = max(value for _, ours, peer in rows for value in (ours, peer or 1.0))
+    most = max(value for _, ratios in rows for value in ratios.values())
     height = ROW * len(rows) + 60
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">']
     lines += [f"<style>{STYLE}</style>", "<title>Time of a cycle, as a multiple of the bare one</title>"]
-    for place, (name, ours, peer) in enumerate(rows):
-        lines += _row(40 + ROW * place, name, ours, peer, (WIDTH - LEFT - 60) / (most - 1))
+    for place, (name, ratios) in enumerate(rows):
+        lines += _row(40 + ROW * place, name, ratios, (WIDTH - LEFT - 60) / (most - 1))
     return "\n".join([*lines, *_legend(), _bare(height), "</svg>", ""])
 
 
-def _row(top: int, name: str, ours: float, peer: float | None, scale: float) -> Iterator[str]:
-    yield f'<text x="{LEFT - 12}" y="{top + 14}" text-anchor="end">{escape(name)}</text>'
-    yield from _bar(top, "ours", ours, scale)
-    if peer is not None:
-        yield from _bar(top + BAR + 1, "peer", peer, scale)
+def _row(top: int, name: str, ratios: Mapping[str, float], scale: float) -> Iterator[str]:
+    yield f'<text x="{LEFT - 12}" y="{top + 20}" text-anchor="end">{escape(name)}</text>'
+    for place, (way, ratio) in enumerate(ratios.items()):
+        yield from _bar(top + (BAR + 1) * place, way, ratio, scale)
 
 
 def _bar(top: int, way: str, ratio: float, scale: float) -> Iterator[str]:
@@ -46,7 +45,7 @@ def _bar(top: int, way: str, ratio: float, scale: float) -> Iterator[str]:
 
 
 def _legend() -> Iterator[str]:
-    names = {"ours": "otel_pools", "peer": "official or native instrumentation"}
+    names = {"ours": "holders off", "full": "all on", "peer": "official or native instrumentation"}
     for place, (way, name) in enumerate(names.items()):
         left = LEFT + 110 * place
         yield f'<rect x="{left}" y="12" width="{BAR}" height="{BAR}" fill="{COLOURS[way]}"/>'

@@ -1,4 +1,4 @@
-"""How long the slowest cycles take while somebody collects ten times a second: bare and ours taking turns."""
+"""How long the slowest cycles take while somebody collects ten times a second: bare, ours and all on taking turns."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import platform
 from array import array
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from itertools import product
 from time import perf_counter
 from typing import Any
 
 from sdk import Sdk
 from stubs import POOLS
-from turns import Row, parser, ratio, watched
+from turns import METRICS, Row, parser, ratio, watched
 
 SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 EVERY = 0.1
@@ -41,7 +42,11 @@ def measure(target: str, rounds: int, cycles: int) -> Row:
     """Quantiles of all cycles, and the median of the rounds' ratios."""
     cycle, sdk = POOLS[target]().cycle, Sdk()
     # The thread collects in bare turns too: it is what we do there that is compared.
-    ways = {"bare": nullcontext, "ours": lambda: watched(target, meter_provider=sdk.provider)}
+    ways = {
+        "bare": nullcontext,
+        "ours": lambda: watched(target, meter_provider=sdk.provider, **METRICS),
+        "full": lambda: watched(target, meter_provider=sdk.provider),
+    }
     taken: dict[str, list[array[float]]] = {way: [] for way in ways}
     with sdk.exporting(EVERY):
         for number in range(rounds):
@@ -59,19 +64,21 @@ def _row(taken: Mapping[str, list[array[float]]]) -> Row:
     row = {"cycles": float(sum(map(len, taken["ours"])))}
     for name in (*SHARES, "max"):
         row |= {f"{name}_{way}_us": round(quantile[name], 2) for way, quantile in all.items()}
-    for name in SHARES:
-        one, other = ([turn[name] for turn in told[way]] for way in ("ours", "bare"))
-        row[f"{name}/bare"] = ratio(one, other)
-        row[f"{name}/bare, all"] = round(all["ours"][name] / all["bare"][name], 3)
+    for name, way in product(SHARES, ("ours", "full")):
+        row[f"{name}_{way}/bare"] = ratio(*([turn[name] for turn in told[each]] for each in (way, "bare")))
+        row[f"{name}_{way}/bare, all"] = round(all[way][name] / all["bare"][name], 3)
     return row
 
 
 def table(told: Mapping[str, Any]) -> list[str]:
     """As lines of less than 100 columns."""
-    lines = [f"Single cycles, bare / ours in µs and the ratio of all, collected every {EVERY * 1000:.0f} ms"]
+    lines = [f"Single cycles, bare in µs, ours and all on as ratios of all, collected every {EVERY * 1000:.0f} ms"]
     lines.append(f"{'':11}{'cycles':>9}" + "".join(f"{name:>24}" for name in SHARES))
     for target, row in told["rows"].items():
-        cells = (f"{row[f'{q}_bare_us']:.4g} / {row[f'{q}_ours_us']:.4g} = {row[f'{q}/bare, all']:.2f}" for q in SHARES)
+        cells = (
+            f"{row[f'{q}_bare_us']:.4g}: {row[f'{q}_ours/bare, all']:.2f}, {row[f'{q}_full/bare, all']:.2f}"
+            for q in SHARES
+        )
         lines.append(f"{target:11}{row['cycles']:9.0f}" + "".join(f"{cell:>24}" for cell in cells))
     return lines
 

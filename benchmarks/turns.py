@@ -28,10 +28,12 @@ READER = InMemoryMetricReader()
 PROVIDER = MeterProvider([READER])
 TRACERS = TracerProvider()  # spans are recorded, and exported to nobody
 THREADS = 8
+METRICS = {"holders": False}  # what is measured as "ours": nobody's name, line and trace, only numbers
 Run = Callable[[int], float]  # from a number of cycles to the seconds they took
 Way = Callable[[], AbstractContextManager[Any]]
 Row = dict[str, float]
-HEAD = f"{'cycle':32}{'bare µs':>10}{'ours µs':>10}{'API only':>10}{'ours':>10}{'all spans':>10}"
+OURS = ("api", "ours", "full")
+HEAD = f"{'cycle':32}{'bare µs':>10}{'ours µs':>10}{'API only':>10}{'ours':>10}{'all on':>10}"
 
 
 # -- the ways --------------------------------------------------------------------------
@@ -48,14 +50,18 @@ def watched(target: str, **options: Any) -> Iterator[None]:
 
 
 def ways(target: str, peers: Mapping[str, Way]) -> dict[str, Way]:
-    """Without us; us without an SDK; us with one and a reader; the same with a span for every wait; and others."""
+    """
+    Without us; us without an SDK; us with one and a reader; the same with all that is on by default; and others.
+
+    That is, beside metrics, to know of each loan who has it and from where, for spans, logs and the leak watch.
+    """
     no_sdk = {"meter_provider": NoOpMeterProvider(), "tracer_provider": NoOpTracerProvider()}
     sdk = {"meter_provider": PROVIDER, "tracer_provider": TRACERS}
     return {
         "bare": nullcontext,
-        "api": partial(watched, target, **no_sdk),
-        "ours": partial(watched, target, **sdk),
-        "spans": partial(watched, target, **sdk, span_threshold=0.0),
+        "api": partial(watched, target, **no_sdk, **METRICS),
+        "ours": partial(watched, target, **sdk, **METRICS),
+        "full": partial(watched, target, **sdk),
         **peers,
     }
 
@@ -182,7 +188,7 @@ def table(told: Mapping[str, Any]) -> list[str]:
 
 
 def _is_peer(key: str) -> bool:
-    return key.endswith("/bare") and key not in {"api/bare", "ours/bare", "spans/bare"}
+    return key.endswith("/bare") and key.removesuffix("/bare") not in OURS
 
 
 def line(name: str, row: Row) -> str:
