@@ -355,6 +355,7 @@ WALLS = {
     "_hooks._open.open",
     "_hooks._async_open.open",
     "_visits._visit_at",
+    "_visits._arrives",
     "_visits._begin",
     "_visits._queued",
     "_visits._served",

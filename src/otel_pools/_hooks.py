@@ -350,7 +350,7 @@ def _async_checkout(  # noqa: C901  # the same
             held = result if lease is None else lease(result)
             leases, key = watch.leases, id(held)
             # A call inside this one may have said so already.
-            if held is not None and (key not in leases or leases[key][0] < start):
+            if held is not None and ((lent := leases.get(key)) is None or lent[0] < start):
                 if knows:
                     leases[key] = loan = lend(end)
                     if watch.holding.setdefault(loan[1], key) != key:

@@ -225,12 +225,8 @@ Failed = Callable[[Visit, BaseException], None]
 
 def _handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed) -> Callable[..., Any]:
     def handle(pool: Any, request: Any) -> Any:
-        watch, arrived = find(id(pool)) or meet(pool, request), None
-        if watch is not None:
-            try:
-                request._otel_pools_visit = arrived = Visit(watch)
-            except Exception as mistake:
-                lost_quietly("a request", mistake)
+        watch = find(id(pool)) or meet(pool, request)
+        arrived = None if watch is None else _arrives(watch, request)
         if watch is None or arrived is None:
             return original(pool, request)
         try:
@@ -252,12 +248,8 @@ def _handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed
 
 def _async_handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed) -> Callable[..., Any]:
     async def handle(pool: Any, request: Any) -> Any:
-        watch, arrived = find(id(pool)) or meet(pool, request), None
-        if watch is not None:
-            try:
-                request._otel_pools_visit = arrived = Visit(watch)
-            except Exception as mistake:
-                lost_quietly("a request", mistake)
+        watch = find(id(pool)) or meet(pool, request)
+        arrived = None if watch is None else _arrives(watch, request)
         if watch is None or arrived is None:
             return await original(pool, request)
         try:
@@ -275,6 +267,16 @@ def _async_handle(original: Callable[..., Any], find: Find, meet: Meet, failed: 
         return response
 
     return handle
+
+
+def _arrives(watch: Watch, request: Any) -> Visit | None:
+    # Not where it is called: a request that then fails would fail while a mistake of ours is handled.
+    try:
+        request._otel_pools_visit = arrived = Visit(watch)
+    except Exception as mistake:
+        lost_quietly("a request", mistake)
+        return None
+    return arrived
 
 
 def _spill(watch: Watch) -> None:

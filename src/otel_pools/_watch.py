@@ -117,7 +117,7 @@ class Ledger:
 
     def __init__(self, identity: Identity) -> None:
         self.identity = identity
-        self.waiting: list[float] = []  # since when, the earliest first; whose is all the same
+        self.waiting: list[float] = []  # since when; whose is all the same
         self.leases: dict[int, Lease] = {}  # id of what is held -> by whom, and since when
         self.overdue: dict[int, Lease] = {}  # those that were out for too long at the last look
         self.looking = Lock()  # of two collections at once the second takes what the first has found
