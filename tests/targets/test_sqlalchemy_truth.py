@@ -6,6 +6,8 @@ import asyncio
 import gc
 import inspect
 import random
+import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -481,6 +483,26 @@ tasks_only = pytest.mark.parametrize(
 )
 
 
+def sqlite_threads():
+    """How many threads of aiosqlite's (from 0.22 on) are alive."""
+    return sum("_connection_worker_thread" in thread.name for thread in threading.enumerate())
+
+
+async def settles_in_the_loop(flavour, idle):
+    """
+    Whether so many connections come to be open, while the loop goes on.
+
+    An aiosqlite thread may open a file after its task was cancelled; the
+    connection waits in the loop's queue, and is in a cycle then. Where SQLAlchemy
+    drops connections unclosed, the server keeps some that are nobody's.
+    """
+    deadline = time.monotonic() + 5
+    while (flavour.open() != idle or sqlite_threads() > idle) and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+        gc.collect()
+    return flavour.open() == idle or (LOSES and flavour.open() > idle)
+
+
 @tasks_only
 def test_task_storm_with_cancellation(flavour, telemetry):
     """Twenty tasks, cancelled wherever they are (connecting, waiting, working, returning): no number drifts."""
@@ -504,7 +526,6 @@ def test_task_storm_with_cancellation(flavour, telemetry):
 
     async def main():
         engine = AsyncEngine(flavour.engine(pool_size=2, max_overflow=1, pool_timeout=5))
-        stage = Stage(flavour, telemetry, engine.sync_engine)
         rng = random.Random(7)
         for _ in range(6):
             await asyncio.gather(*(life(engine, rng) for _ in range(20)))
@@ -515,8 +536,7 @@ def test_task_storm_with_cancellation(flavour, telemetry):
         assert now.count("used") == 0
         assert now.value("otel_pools.checkouts") == attempts
         assert now.value("otel_pools.checkouts", error__type="cancelled") > 0
-        # Where SQLAlchemy drops connections unclosed, the server keeps some that are nobody's.
-        assert stage.flavour.settles(now.count("idle")) or (LOSES and stage.flavour.open() > now.count("idle"))
+        assert await settles_in_the_loop(flavour, now.count("idle"))
         lost = now.value("otel_pools.connection.created") - sum(now.closed().values()) - now.count("idle")
         assert lost == 0 or (LOSES and lost > 0)
         await engine.dispose()
@@ -559,7 +579,7 @@ def test_cancelled_at_every_step(flavour, telemetry, moment):
 
         assert now.count("used") == 0
         assert now.value("otel_pools.wait.oldest") == now.value("otel_pools.use.oldest") == 0
-        assert flavour.settles(now.count("idle")) or (LOSES and flavour.open() > now.count("idle"))
+        assert await settles_in_the_loop(flavour, now.count("idle"))
         lost = now.value("otel_pools.connection.created") - sum(now.closed().values()) - now.count("idle")
         assert lost == 0 or (LOSES and lost > 0)
         assert now.value("otel_pools.checkouts") == now.value("db.client.connection.wait_time")
