@@ -25,7 +25,7 @@ from packaging.version import InvalidVersion
 from sqlalchemy.pool import QueuePool
 
 import otel_pools
-from otel_pools import _guard, _hooks, _visits, _watch
+from otel_pools import _guard, _hooks, _watch
 from otel_pools.targets import LIBRARIES
 from otel_pools.testing import Telemetry, _hooked
 
@@ -379,8 +379,8 @@ def blamed(app, codes, bare):
 @pytest.fixture
 def _always_full(monkeypatch):
     """Every sample is one too many for its list."""
-    for room in (_hooks, _visits, _watch):
-        monkeypatch.setattr(room, "LIMIT", 0)
+    monkeypatch.setattr(_watch, "LIMIT", 0)
+    monkeypatch.setattr(_watch, "A_WHILE", 0.0)
 
 
 @pytest.mark.usefixtures("_always_full")

@@ -538,7 +538,9 @@ def test_the_peak_is_the_most_that_were_lent_at_once(lib, is_async):
 @pytest.mark.parametrize("limit", [2, 3])
 def test_what_nobody_collects_is_let_go(lib, is_async, limit, monkeypatch):
     """Beyond the limit the waits are dropped and counted, not kept."""
-    monkeypatch.setattr(_hooks, "LIMIT", limit)
+    monkeypatch.setattr(_watch, "LIMIT", limit)
+    monkeypatch.setattr(_watch, "A_WHILE", 0.0)
+    lib.watch.due = 0.0
     twin = acquiring(lib, lambda _: "connection", is_async)
     for _ in range(3):
         called(twin(lib.pool))

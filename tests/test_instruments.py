@@ -168,7 +168,8 @@ def test_the_sdk_may_come_late():
 
 def test_without_any_sdk_nothing_grows(pool, monkeypatch):
     """With nobody collecting, samples are dropped and counted beyond the limit."""
-    monkeypatch.setattr("otel_pools._hooks.LIMIT", 100)
+    monkeypatch.setattr("otel_pools._watch.LIMIT", 100)
+    monkeypatch.setattr("otel_pools._watch.A_WHILE", 0.0)
     otel_pools.instrument()
     registry = otel_pools.SQLAlchemyPoolInstrumentor._registry
     for _ in range(1000):

@@ -27,7 +27,7 @@ from proxy import HOST, Proxy
 from test_network import GatedHTTP1
 
 import otel_pools
-from otel_pools import _guard, _hooks, _outbox, _spans, _visits, _watch
+from otel_pools import _guard, _outbox, _spans, _watch
 
 SECONDS = 30  # for everything that must happen, on a machine that is busy
 NEVER = float("inf")
@@ -226,8 +226,9 @@ def test_an_exporter_without_an_endpoint(away, bare, lines):
 def test_an_export_that_hangs(bare, lines, monkeypatch):
     """While one export hangs nobody collects: applications do not wait, memory is bounded, nothing is uncounted."""
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
-    for room in (_outbox, _hooks, _watch, _visits):
+    for room in (_outbox, _watch):
         monkeypatch.setattr(room, "LIMIT", FEW)
+    monkeypatch.setattr(_watch, "A_WHILE", 0.0)
     with Endpoint() as endpoint, Proxy(endpoint.port) as proxy, Program(proxy.port, timeout=SECONDS) as program:
         program.work(1)
         proxy.hang()

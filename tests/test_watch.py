@@ -20,7 +20,7 @@ from otel_pools._leases import lend, who
 from otel_pools._model import Identity, Load, Origin, Snapshot
 from otel_pools._outbox import Histograms
 from otel_pools._registry import Registry
-from otel_pools._watch import LONG_AGO, KeyedRef, Ledger, Passage, Watch, age, current_passage, detour
+from otel_pools._watch import LONG_AGO, KeyedRef, Ledger, Passage, Watch, age, current_passage, detour, passages
 from otel_pools.targets import Target
 
 
@@ -285,6 +285,18 @@ def test_a_passage_begins_with_nothing(clock):
     assert repr(passage) == "<Passage new>"
 
 
+def test_a_passage_is_known_while_it_lasts(watch, clock):
+    """While there is none in the whole process, no checkout asks for its own."""
+    before = set(passages)
+    detour("new")
+    during = passages - before
+    watch.watch.acquired(100.0, 100.0, 1)
+    watch.watch.notes.clear()
+
+    assert len(during) == 1
+    assert passages == before
+
+
 @pytest.mark.parametrize(("paths", "path"), [(("new", "queued"), "queued"), (("queued", "new"), "queued")])
 def test_having_queued_outweighs_the_rest(clock, paths, path):
     """One checkout has one passage, which is of its last detour, and queued if ever it was."""
@@ -314,24 +326,24 @@ def test_a_creator_may_ask_a_pool_itself(watch, clock):
     outer = detour("new")
     outer.creating = True
     inner = detour("queued")
-    watch.watch.acquired(100.0, 0.0, 1)
+    watch.watch.acquired(100.0, 100.0, 1)
 
     assert inner is not outer
     assert inner.outer is outer
     assert [note.path for note in watch.watch.notes] == ["queued"]
     assert current_passage() is outer
-    watch.watch.acquired(100.0, 0.0, 2)
+    watch.watch.acquired(100.0, 100.0, 2)
     assert current_passage() is outer
-    assert watch.watch.notes[1].path == "idle"
+    assert watch.watch.waits == [0.0]
 
 
 @pytest.mark.parametrize(("start", "path"), [(100.0, "new"), (100.5, "idle")])
 def test_a_story_from_before_is_none_of_a_checkout(watch, clock, start, path):
     """What happened before a checkout began was another's; it is over all the same."""
     detour("new")
-    watch.watch.acquired(start, 0.0, 1)
+    watch.watch.acquired(start, start, 1)
 
-    assert [note.path for note in watch.watch.notes] == [path]
+    assert ([note.path for note in watch.watch.notes] or ["idle"] * len(watch.watch.waits)) == [path]
     assert current_passage() is None
 
 
@@ -425,11 +437,12 @@ def test_what_is_worth_a_span(watch, spans, seconds, story, is_worth_it):
     watch.reading[0] = Snapshot(used=1, overflow=overflow)
     if path != "idle":
         detour(path)
-    watch.watch.acquired(100.0, seconds, 1)
+    watch.watch.acquired(0.0, seconds, 1)
 
     assert spans == [(watch.watch, seconds, path, None)] * is_worth_it
     context = "context" if is_worth_it else None
-    assert [tuple(note) for note in watch.watch.notes] == [(seconds, path, None, context, 100.0)]
+    told = [(*note,) for note in watch.watch.notes] or [(*watch.watch.waits, "idle", None, None, 100.0)]
+    assert told == [(seconds, path, None, context, 100.0)]
 
 
 def test_who_gets_an_inherited_connection_is_told_once(watch):
@@ -440,11 +453,11 @@ def test_who_gets_an_inherited_connection_is_told_once(watch):
     it.inherit(dict(it.members))
     before = it.slow
     lease = it.leases[id(connections[0])] = lend(1.0)
-    it.acquired(1.0, 0.0, id(connections[0]))
+    it.acquired(1.0, 1.0, id(connections[0]))
     between = it.slow
-    it.acquired(1.0, 0.0, id(connections[0]))
+    it.acquired(1.0, 1.0, id(connections[0]))
     it.leases[id(connections[1])] = lend(1.0)
-    it.acquired(1.0, 0.0, id(connections[1]))
+    it.acquired(1.0, 1.0, id(connections[1]))
 
     events = watch.outbox.events
     assert [event.what for event in events] == ["inherited", "inherited"]
@@ -462,7 +475,7 @@ def test_what_is_not_inherited(watch, missing):
         it.leases[key] = lend(1.0)
     if missing == "connection":
         del connection
-    it.acquired(1.0, 0.0, key)
+    it.acquired(1.0, 1.0, key)
 
     assert watch.outbox.events == []
 

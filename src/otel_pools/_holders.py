@@ -44,7 +44,7 @@ def _holder(pool: str, key: int, lease: Lease, registry: Registry, now: float) -
 
 def span_of(lease: Lease) -> SpanContext | None:
     """The span that was current where the connection was borrowed."""
-    context = lease[3]
+    context = Loan(*lease).context
     if context is None:
         return None
     span: SpanContext = context.copy().run(get_current_span).get_span_context()

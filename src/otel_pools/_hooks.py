@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from . import _vocabulary as words
 from ._guard import guard, lost_quietly
 from ._leases import lend_nobody
-from ._outbox import LIMIT
-from ._watch import Refusal, Watch, clock, current_passage, detour
+from ._watch import Refusal, Watch, clock, current_passage, detour, passages
 
 if TYPE_CHECKING:
     from ._registry import Registry
@@ -157,10 +156,10 @@ def acquire(
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
         plain = original if bare is None else bare(original)
         # Asked of what is inside: redis-py 5.3 to 7.1 wrap a coroutine function in a plain one.
-        if inspect.iscoroutinefunction(plain):
-            twin = _async_checkout
-        else:
-            twin = _plain_checkout if crowded is None and takes(original) == 1 else _checkout
+        is_async = inspect.iscoroutinefunction(plain)
+        if not is_async and crowded is None and lease is not None and takes(original) == 1:
+            return _plain_checkout(original, registry, plain=plain, lease=lease, refusal=refusal)
+        twin = _async_checkout if is_async else _checkout
         return twin(original, registry, plain=plain, lease=lease, refusal=refusal, crowded=crowded)
 
     return Hook("acquire", where, compile)
@@ -198,14 +197,13 @@ def _plain_checkout(  # noqa: C901  # a branch costs less than the call that wou
     registry: Registry,
     *,
     plain: Callable[..., Any],
-    lease: Pick | None,
+    lease: Pick,
     refusal: Refusal,
-    crowded: Pick | None,
 ) -> Callable[..., Any]:
     watches, meet, passage, lend = registry.watches, registry.meet, current_passage, registry.lend
     knows = lend is not lend_nobody
 
-    def checkout(pool: Any) -> Any:  # noqa: C901  # the same
+    def checkout(pool: Any) -> Any:  # the same
         try:
             watch: Watch | None = watches[id(pool)]
         except KeyError:
@@ -222,7 +220,7 @@ def _plain_checkout(  # noqa: C901  # a branch costs less than the call that wou
         end = clock()
         try:
             waiting.remove(start)
-            held = result if lease is None else lease(result)
+            held = lease(result)
             if held is not None:
                 leases, key = watch.leases, id(held)
                 if knows:
@@ -230,17 +228,14 @@ def _plain_checkout(  # noqa: C901  # a branch costs less than the call that wou
                     if watch.holding.setdefault(loan[1], key) != key:
                         watch.nests(loan[1], key)
                 else:
-                    leases[key] = end, 0, None, None, None, -1, None, None  # `lend_nobody`, without the call
+                    leases[key] = (end,)  # `lend_nobody`, without the call
                 if len(leases) > watch.ledger.peak:
                     watch.ledger.peak = len(leases)
                 seconds = end - start
-                if passage() is None and seconds < watch.slow:
-                    waits = watch.waits
-                    waits.append(seconds)
-                    if len(waits) > LIMIT:
-                        watch.ledger.outbox.spill()
+                if (not passages or passage() is None) and seconds < watch.slow and end < watch.due:
+                    watch.waits.append(seconds)
                 else:
-                    watch.acquired(start, seconds, key)
+                    watch.acquired(start, end, key)
         except Exception as mistake:
             lost_quietly("a checkout", mistake)
         return result
@@ -292,19 +287,14 @@ def _checkout(  # noqa: C901  # the same
                     if watch.holding.setdefault(loan[1], key) != key:
                         watch.nests(loan[1], key)
                 else:
-                    leases[key] = end, 0, None, None, None, -1, None, None  # the same
+                    leases[key] = (end,)  # the same
                 if len(leases) > watch.ledger.peak:
                     watch.ledger.peak = len(leases)
                 seconds = end - start
-                if passage() is None and seconds < watch.slow:
-                    waits = watch.queues if queues else watch.waits
-                    waits.append(seconds)
-                    if len(waits) > LIMIT:
-                        watch.ledger.outbox.spill()
+                if (not passages or passage() is None) and seconds < watch.slow and end < watch.due:
+                    (watch.queues if queues else watch.waits).append(seconds)
                 else:
-                    if queues:
-                        detour(words.QUEUED)
-                    watch.acquired(start, seconds, key)
+                    watch.acquired(start, end, key, queues)
         except Exception as mistake:
             lost_quietly("a checkout", mistake)
         return result
@@ -356,19 +346,14 @@ def _async_checkout(  # noqa: C901  # the same
                     if watch.holding.setdefault(loan[1], key) != key:
                         watch.nests(loan[1], key)
                 else:
-                    leases[key] = end, 0, None, None, None, -1, None, None  # the same
+                    leases[key] = (end,)  # the same
                 if len(leases) > watch.ledger.peak:
                     watch.ledger.peak = len(leases)
                 seconds = end - start
-                if passage() is None and seconds < watch.slow:
-                    waits = watch.queues if queues else watch.waits
-                    waits.append(seconds)
-                    if len(waits) > LIMIT:
-                        watch.ledger.outbox.spill()
+                if (not passages or passage() is None) and seconds < watch.slow and end < watch.due:
+                    (watch.queues if queues else watch.waits).append(seconds)
                 else:
-                    if queues:
-                        detour(words.QUEUED)
-                    watch.acquired(start, seconds, key)
+                    watch.acquired(start, end, key, queues)
         except Exception as mistake:
             lost_quietly("a checkout", mistake)
         return result
@@ -427,9 +412,9 @@ def _checkin_with_flag(
                 else:
                     seconds = clock() - lease[0]
                     watch.uses.append(seconds)
-                    if seconds > watch.patience:
-                        watch.late(lease, seconds)
                     if knows:
+                        if seconds > watch.patience:
+                            watch.late(lease, seconds)
                         if (has := watch.holding.pop(lease[1], None)) != key:
                             watch.has_back(lease[1], key, has)
                         if loan is not None and (ref := loan(held)) is not None and ref() is None:
@@ -473,12 +458,13 @@ def _checkin(original: Callable[..., Any], registry: Registry) -> Callable[..., 
                 key = id(connection)
                 lease = watch.leases.pop(key, None)
                 if lease is not None:
-                    if knows and (has := watch.holding.pop(lease[1], None)) != key:
-                        watch.has_back(lease[1], key, has)
                     seconds = clock() - lease[0]
                     watch.uses.append(seconds)
-                    if seconds > watch.patience:
-                        watch.late(lease, seconds)
+                    if knows:
+                        if seconds > watch.patience:
+                            watch.late(lease, seconds)
+                        if (has := watch.holding.pop(lease[1], None)) != key:
+                            watch.has_back(lease[1], key, has)
                     if watch.orphans:
                         watch.orphans.discard(key)
         except Exception as mistake:

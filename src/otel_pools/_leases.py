@@ -41,13 +41,13 @@ class Loan(NamedTuple):
     """
 
     since: float
-    owner: int
-    name: str | None
-    context: Context | None
-    code: CodeType | None
-    at: int
-    via: CodeType | None
-    by: CodeType | None
+    owner: int = 0
+    name: str | None = None
+    context: Context | None = None
+    code: CodeType | None = None
+    at: int = -1
+    via: CodeType | None = None
+    by: CodeType | None = None
     stack: tuple[tuple[CodeType, int], ...] = ()
 
 
@@ -112,8 +112,8 @@ def lend(since: float) -> Lease:
 
 
 def lend_nobody(since: float) -> Lease:
-    """A lease that knows its beginning alone; whose, and nobody's thread has the number 0, nobody asked."""
-    return since, 0, None, None, None, -1, None, None
+    """A lease that knows its beginning alone; nobody's thread has the number 0."""
+    return (since,)
 
 
 def lend_barely(since: float) -> Lease:
@@ -221,8 +221,8 @@ def _classify(filename: str) -> str:
 
 def site(lease: Lease) -> str | None:
     """``file:line function`` of the application, or None if it was not noted."""
-    code, at = lease[4], lease[5]
-    return None if code is None else _place(code, at)
+    loan = Loan(*lease)
+    return None if loan.code is None else _place(loan.code, loan.at)
 
 
 def stack(loan: Loan) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import _vocabulary as words
 from ._guard import guard, lost_quietly
 from ._hooks import Hook, Pick, named_like, takes
-from ._outbox import LIMIT
+from ._leases import lend_nobody
 from ._watch import ABANDONED, Refusal, Watch, clock, kind, no_more
 
 if TYPE_CHECKING:
@@ -39,9 +39,8 @@ class Visit:
     since = 0.0
     ticket: tuple[list[float], float] | None = None  # where it waits, if it does
     start = 0.0
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
+    # Set by who makes it: an initialiser would be one more call for each request.
+    watch: Watch
 
     def __repr__(self) -> str:
         return f"<Visit of {self.watch.ledger.identity.name}, {'served' if self.since else 'waiting'}, {self.path}>"
@@ -130,6 +129,8 @@ class Visit:
             # Opened behind a proxy, where we cannot see how.
             self._open()
             watch.ledger.outbox.creates.append(0.0)
+        if self.since >= watch.due:
+            watch.tidy(self.since)
         if self.path is IDLE and watch.slow > 0.0:
             watch.waits.append(0.0)
             return
@@ -160,9 +161,9 @@ class Visit:
         else:
             watch.refused(seconds, self.path, kind(error, self.refused, refusal))
 
-    def left(self) -> None:
-        """It is over."""
-        watch, self.connection = self.watch, None
+    def left(self, ended: Pick | None = None) -> None:
+        """It is over; if that is the end of its connection too, *ended* says why."""
+        watch, connection, self.connection = self.watch, self.connection, None
         lease = watch.leases.pop(id(self), None)
         if lease is not None:
             # As `Watch.used`, without asking what else its owner has: under trio nobody could say who that is.
@@ -170,6 +171,8 @@ class Visit:
             watch.uses.append(seconds)
             if seconds > watch.patience:
                 watch.late(lease, seconds)
+        if ended is not None and id(connection) in watch.opened and connection.is_closed():
+            _closed(watch, connection, ended)
 
 
 def visit_of(request: Any) -> Visit | None:
@@ -226,19 +229,23 @@ Failed = Callable[[Visit, BaseException], None]
 def _handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed) -> Callable[..., Any]:
     def handle(pool: Any, request: Any) -> Any:
         watch = find(id(pool)) or meet(pool, request)
-        arrived = None if watch is None else _arrives(watch, request)
-        if watch is None or arrived is None:
+        if watch is not None:
+            try:
+                arrived = Visit()
+                arrived.watch = watch
+                request._otel_pools_visit = arrived
+            except Exception as mistake:
+                lost_quietly("a request", mistake)
+                watch = None
+        if watch is None:  # not above: a request that fails would fail while a mistake of ours is handled
             return original(pool, request)
         try:
             response = original(pool, request)
         except BaseException as error:
             failed(arrived, error)
             raise
-        if arrived.path is IDLE and id(arrived.connection) in watch.opened and watch.slow > 0.0:
-            waits = watch.waits
-            waits.append(0.0)
-            if len(waits) > LIMIT:
-                _spill(watch)
+        if arrived.path is IDLE and arrived.since < watch.due and watch.slow > 0.0 and not watch.made:
+            watch.waits.append(0.0)
         else:
             _answered(arrived)
         return response
@@ -249,41 +256,28 @@ def _handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed
 def _async_handle(original: Callable[..., Any], find: Find, meet: Meet, failed: Failed) -> Callable[..., Any]:
     async def handle(pool: Any, request: Any) -> Any:
         watch = find(id(pool)) or meet(pool, request)
-        arrived = None if watch is None else _arrives(watch, request)
-        if watch is None or arrived is None:
+        if watch is not None:
+            try:
+                arrived = Visit()
+                arrived.watch = watch
+                request._otel_pools_visit = arrived
+            except Exception as mistake:
+                lost_quietly("a request", mistake)
+                watch = None
+        if watch is None:  # not above: a request that fails would fail while a mistake of ours is handled
             return await original(pool, request)
         try:
             response = await original(pool, request)
         except BaseException as error:
             failed(arrived, error)
             raise
-        if arrived.path is IDLE and id(arrived.connection) in watch.opened and watch.slow > 0.0:
-            waits = watch.waits
-            waits.append(0.0)
-            if len(waits) > LIMIT:
-                _spill(watch)
+        if arrived.path is IDLE and arrived.since < watch.due and watch.slow > 0.0 and not watch.made:
+            watch.waits.append(0.0)
         else:
             _answered(arrived)
         return response
 
     return handle
-
-
-def _arrives(watch: Watch, request: Any) -> Visit | None:
-    # Not where it is called: a request that then fails would fail while a mistake of ours is handled.
-    try:
-        request._otel_pools_visit = arrived = Visit(watch)
-    except Exception as mistake:
-        lost_quietly("a request", mistake)
-        return None
-    return arrived
-
-
-def _spill(watch: Watch) -> None:
-    try:
-        watch.ledger.outbox.spill()
-    except Exception as mistake:
-        lost_quietly("samples that nobody collects", mistake)
 
 
 def _answered(arrived: Visit) -> None:
@@ -308,9 +302,9 @@ def wait(where: str, *, ended: Pick) -> Hook:
         ended: From a connection to why it is closed, or None if it is open; asked of one that was of no use.
     """
 
-    def compile(original: Callable[..., Any], _: Registry) -> Callable[..., Any]:
+    def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
         line_up = _async_line_up if inspect.iscoroutinefunction(original) else _line_up
-        return line_up(original, ended)
+        return line_up(original, ended, registry.lend is not lend_nobody)
 
     return Hook("queue", where, compile)
 
@@ -323,22 +317,21 @@ def _visit_at(place: Any) -> Visit | None:
         return None
 
 
-def _line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
+def _line_up(original: Callable[..., Any], ended: Pick, knows: bool) -> Callable[..., Any]:
     def line_up(place: Any, timeout: Any) -> Any:
-        arrived = None
         try:
-            arrived = getattr(getattr(place, "request", None), KEY, None)
-            at_once = arrived is not None and not arrived.since and getattr(place, "connection", None) is not None
-        except Exception as mistake:
-            at_once = False
-            lost_quietly("a request", mistake)
-        if arrived is None or not at_once:
+            arrived = place.request._otel_pools_visit
+            at_once = not arrived.since and place.connection is not None
+        except Exception:  # it came before us, or this is no place that we know
+            arrived, at_once = _visit_at(place), False
+        if not at_once:
             return stand_in_line(arrived, place, timeout)
         arrived.connection = connection = original(place, timeout)
         try:
             watch = arrived.watch
-            leases, arrived.since = watch.leases, clock()
-            leases[id(arrived)] = watch.lend(arrived.since)
+            leases = watch.leases
+            arrived.since = now = clock()
+            leases[id(arrived)] = watch.lend(now) if knows else (now,)
             if len(leases) > watch.ledger.peak:
                 watch.ledger.peak = len(leases)
         except Exception as mistake:
@@ -364,22 +357,21 @@ def _line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
     return named_like(original, line_up) if takes(original) == TWO else line_up_somehow
 
 
-def _async_line_up(original: Callable[..., Any], ended: Pick) -> Callable[..., Any]:
+def _async_line_up(original: Callable[..., Any], ended: Pick, knows: bool) -> Callable[..., Any]:
     async def line_up(place: Any, timeout: Any) -> Any:
-        arrived = None
         try:
-            arrived = getattr(getattr(place, "request", None), KEY, None)
-            at_once = arrived is not None and not arrived.since and getattr(place, "connection", None) is not None
-        except Exception as mistake:
-            at_once = False
-            lost_quietly("a request", mistake)
-        if arrived is None or not at_once:
+            arrived = place.request._otel_pools_visit
+            at_once = not arrived.since and place.connection is not None
+        except Exception:  # it came before us, or this is no place that we know
+            arrived, at_once = _visit_at(place), False
+        if not at_once:
             return await stand_in_line(arrived, place, timeout)
         arrived.connection = connection = await original(place, timeout)
         try:
             watch = arrived.watch
-            leases, arrived.since = watch.leases, clock()
-            leases[id(arrived)] = watch.lend(arrived.since)
+            leases = watch.leases
+            arrived.since = now = clock()
+            leases[id(arrived)] = watch.lend(now) if knows else (now,)
             if len(leases) > watch.ledger.peak:
                 watch.ledger.peak = len(leases)
         except Exception as mistake:
@@ -488,37 +480,72 @@ def leave(where: str, *, request: Pick, ended: Pick) -> Hook:
     """
 
     def compile(original: Callable[..., Any], _: Registry) -> Callable[..., Any]:
-        def over(body: Any) -> None:
-            try:
-                arrived = visit_of(request(body))
-                if arrived is not None and (connection := arrived.connection) is not None:
-                    arrived.left()
-                    if id(connection) in arrived.watch.opened and connection.is_closed():
-                        _closed(arrived.watch, connection, ended)
-            except Exception as mistake:
-                lost_quietly("the end of an answer", mistake)
-
-        def close(body: Any) -> Any:
-            try:
-                return original(body)
-            finally:
-                over(body)
-
-        async def async_close(body: Any) -> Any:
-            try:
-                return await original(body)
-            finally:
-                over(body)
-
-        return async_close if inspect.iscoroutinefunction(original) else close
+        twin = _async_close if inspect.iscoroutinefunction(original) else _close
+        return twin(original, request, ended)
 
     return Hook("release", where, compile)
 
 
-def drop(where: str, *, reason: Pick) -> Hook:
-    """A call on a pool with connections that it closes; *reason* says why of each."""
+def _close(original: Callable[..., Any], request: Pick, ended: Pick) -> Callable[..., Any]:
+    def close(body: Any) -> Any:
+        try:
+            arrived = request(body)._otel_pools_visit
+            going = arrived.connection is not None  # everyone who has it closes it
+        except AttributeError:  # it came before us
+            going = False
+        except Exception as mistake:
+            going = False
+            lost_quietly("the end of an answer", mistake)
+        if not going:
+            return original(body)
+        try:
+            return original(body)
+        finally:
+            try:
+                arrived.left(ended)
+            except Exception as mistake:
+                lost_quietly("the end of an answer", mistake)
+
+    return close
+
+
+def _async_close(original: Callable[..., Any], request: Pick, ended: Pick) -> Callable[..., Any]:
+    async def close(body: Any) -> Any:
+        try:
+            arrived = request(body)._otel_pools_visit
+            going = arrived.connection is not None  # everyone who has it closes it
+        except AttributeError:  # it came before us
+            going = False
+        except Exception as mistake:
+            going = False
+            lost_quietly("the end of an answer", mistake)
+        if not going:
+            return await original(body)
+        try:
+            return await original(body)
+        finally:
+            try:
+                arrived.left(ended)
+            except Exception as mistake:
+                lost_quietly("the end of an answer", mistake)
+
+    return close
+
+
+def drop(where: str, *, reason: Pick, idles: Callable[[Any], bool]) -> Hook:
+    """
+    A call on a pool with connections that it closes.
+
+    Args:
+        where: The method, a coroutine function or not.
+        reason: From a connection to why it is closed.
+        idles: Whether the method does nothing if there is nothing to close; then it is not called, which makes up for
+            the calls that we add to a request.
+    """
 
     def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
+        needless = idles(original)
+
         def dropped(pool: Any, connections: Iterable[Any]) -> None:
             try:
                 watch = registry.watches.get(id(pool))
@@ -529,13 +556,15 @@ def drop(where: str, *, reason: Pick) -> Hook:
                 lost_quietly("a close", mistake)
 
         def close(pool: Any, connections: Any) -> Any:
-            if connections:
-                dropped(pool, connections)
+            if not connections and needless:
+                return None
+            dropped(pool, connections)
             return original(pool, connections)
 
         async def async_close(pool: Any, connections: Any) -> Any:
-            if connections:
-                dropped(pool, connections)
+            if not connections and needless:
+                return None
+            dropped(pool, connections)
             return await original(pool, connections)
 
         return async_close if inspect.iscoroutinefunction(original) else close

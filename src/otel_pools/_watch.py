@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 clock = perf_counter
 # Before we came: how long such a connection has lived nobody knows.
 LONG_AGO = 0.0
+# Seconds; so often it is looked whether what was noted is too much, because nobody collects.
+A_WHILE = 1.0
 
 Refusal = Callable[[BaseException], str | None]
 
@@ -33,12 +35,17 @@ Refusal = Callable[[BaseException], str | None]
 ORIGINS = 100
 
 
+# All there are, held weakly: while there is none anywhere, nobody need ask whether there is one here.
+passages: set[weakref.ref[Passage]] = set()
+
+
 class Passage:
     """What happened on the way to one connection; only made when something did."""
 
-    __slots__ = ("created", "creating", "failed", "outer", "path", "since")
+    __slots__ = ("__weakref__", "created", "creating", "failed", "outer", "path", "since")
 
     def __init__(self, path: str, outer: Passage | None) -> None:
+        passages.add(weakref.ref(self, passages.discard))
         self.path = path
         self.outer = outer
         self.since = clock()
@@ -70,7 +77,7 @@ def detour(path: str) -> Passage:
     return passage
 
 
-# The story of the checkout under way here, or None; bound, because every checkout asks.
+# The story of the checkout under way here, or None.
 current_passage = _passage.get
 
 
@@ -148,7 +155,37 @@ def age(since: Iterable[float], now: float) -> float:
     return max((now - moment for moment in since), default=0.0)
 
 
-class Watch:
+class _Way:
+    """What every checkout and checkin looks at: the slots of a base stand side by side in memory."""
+
+    __slots__ = (
+        "due",
+        "holding",
+        "leases",
+        "ledger",
+        "orphans",
+        "patience",
+        "queues",
+        "slow",
+        "uses",
+        "waiting",
+        "waits",
+    )
+
+    due: float
+    holding: dict[int, int | set[int]]
+    leases: dict[int, Lease]
+    ledger: Ledger
+    orphans: set[int]
+    patience: float
+    queues: list[float]
+    slow: float
+    uses: list[float]
+    waiting: list[float]
+    waits: list[float]
+
+
+class Watch(_Way):
     """
     Our record of one pool.
 
@@ -164,34 +201,21 @@ class Watch:
         "busy",
         "closed_down",
         "creating",
-        "holding",
         "inherited",
-        "leases",
-        "ledger",
         "lend",
         "made",
         "members",
         "notes",
         "opened",
-        "orphans",
         "owners",
-        "patience",
         "pool",
-        "queues",
         "registry",
-        "slow",
-        "uses",
-        "waiting",
-        "waits",
         "working",
     )
 
     def __init__(self, pool: weakref.ref[Any], ledger: Ledger, registry: Registry) -> None:
         self.pool = pool
-        self.ledger: Ledger
-        self.waiting: list[float]
-        self.leases: dict[int, Lease]
-        self.holding: dict[int, int | set[int]] = {}  # who -> id of what it has of this pool, or the ids
+        self.holding = {}  # who -> id of what it has of this pool, or the ids
         self.owners = registry.owners  # shared by all pools: id of a connection -> whose it is
         self.members: dict[int, KeyedRef] = {}  # the connections we have met, held weakly
         self.creating: set[int] = set()  # ids of those being opened: open perhaps, but not idle
@@ -200,12 +224,13 @@ class Watch:
         self.busy: dict[int, tuple[Lease, float]] = {}  # id of a connection -> its loan, and seconds the server worked
         self.working: dict[int, float] = {}  # id of a connection for which the server works now -> since
         self.made: set[int] = set()  # ids of those that we have seen being made, and not yet opened
-        self.orphans: set[int] = set()  # ids of those that were lost on their way back
+        self.orphans = set()  # ids of those that were lost on their way back
         self.closed_down = False
         self._missing = 0
         self._read = registry.target.read
         self._spans = registry.spans
         self.slow = registry.spans.threshold
+        self.due = clock() + A_WHILE
         self.patience = registry.patience
         self.lend = registry.lend
         self.registry = registry
@@ -233,13 +258,27 @@ class Watch:
 
     # -- what can happen -------------------------------------------------------
 
-    def acquired(self, start: float, seconds: float, key: int) -> None:
-        """Somebody got a connection, slowly or by a detour; the common case never comes here."""
+    def acquired(self, start: float, end: float, key: int, queued: bool = False) -> None:
+        """Somebody got a connection, slowly or by a detour, or a while is over; the common case never comes here."""
         if self.inherited:
             self._inherits(key)
-        path = _path(_ended(_passage.get(), start))
-        is_worth_it = seconds >= self._spans.threshold or (path == words.NEW and self.state().overflow)
-        self.noted(seconds, path, None, self.span(seconds, path, None) if is_worth_it else None)
+        if queued:
+            detour(words.QUEUED)
+        path, seconds = _path(_ended(_passage.get(), start)), end - start
+        if seconds >= self._spans.threshold or (path == words.NEW and self.state().overflow):
+            self.noted(seconds, path, None, self.span(seconds, path, None))
+        elif path == words.IDLE:
+            self.waits.append(seconds)
+        else:
+            self.noted(seconds, path, None, None)
+        if end >= self.due:
+            self.tidy(end)
+
+    def tidy(self, now: float) -> None:
+        """If nobody collects, make room; looked at once in a while, as every checkout would pay for it."""
+        self.due = now + A_WHILE
+        if max(len(self.waits), len(self.queues)) > LIMIT:
+            self.ledger.outbox.spill()
 
     def inherit(self, connections: Mapping[int, KeyedRef]) -> None:
         """These were opened by the process that this one was forked from; whoever gets one is not the common case."""
@@ -347,8 +386,8 @@ class Watch:
 
     def _has_left(self, key: int, lease: Lease) -> None:
         """As who gives back does it."""
-        # Of an HTTP pool nobody is known to hold.
-        if (held := self.holding.pop(lease[1], None)) is not None and held != key:
+        # Of an HTTP pool nobody is known to hold, and without holders a lease has no owner.
+        if self.holding and (held := self.holding.pop(lease[1], None)) is not None and held != key:
             self.has_back(lease[1], key, held)
 
     def late(self, lease: Lease, seconds: float) -> None:

@@ -258,6 +258,12 @@ def why_dropped(connection: Any) -> str:
     return words.SERVER if readable else words.EVICTED
 
 
+def only_closes(method: Any) -> bool:
+    """Whether `_close_connections` closes what it is given, shielded from cancellation, and nothing else."""
+    names = getattr(getattr(method, "__code__", None), "co_names", ())
+    return names in {("ShieldCancellation", "close"), ("AsyncShieldCancellation", "aclose")}
+
+
 # -- the table -------------------------------------------------------------------------
 
 
@@ -286,7 +292,7 @@ def _flavour(library: str, package: str, prefix: str, handle: str, close: str) -
     yield optional(make(f"{room}.http_proxy:{prefix}HTTPProxy.create_connection", parts=itself))
     yield optional(make(f"{room}.socks_proxy:{prefix}SOCKSProxy.create_connection", parts=itself))
     yield dial(f"{room}.connection:{prefix}HTTPConnection._connect")
-    yield optional(drop(f"{pool}._close_connections", reason=why_dropped))  # from 1.0.3 on
+    yield optional(drop(f"{pool}._close_connections", reason=why_dropped, idles=only_closes))  # from 1.0.3 on
 
 
 def config(pool: Any) -> Mapping[str, Any]:
