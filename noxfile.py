@@ -55,7 +55,13 @@ ONCE = (
     *("tests/test_examples.py", "tests/test_supabase_example.py"),
     *("tests/test_rules.py", "tests/test_pipeline.py", "tests/test_collector_config.py", "tests/test_sizing.py"),
     *("tests/test_dashboards.py", "tests/test_dashboards_live.py", "tests/test_qdrant_server.py"),
-    *("tests/targets/test_qdrant_truth.py", "tests/targets/test_qdrants.py"),
+    *("tests/targets/test_qdrant_truth.py", "tests/targets/test_qdrants.py", "tests/targets/test_valkeys.py"),
+    *("tests/test_advice.py", "tests/test_postgres.py", "tests/test_valkey.py"),
+)
+# What the oldest and the newest Python are enough for: CI has an hour.
+ENDS = (
+    *("tests/bench/test_memory.py", "tests/targets/test_qdrant.py"),
+    *(f"tests/test_{room}.py" for room in ("doctor", "live", "outside", "worlds")),
 )
 # In memory, or nearly; no test of these measures time or counts instructions, which a tracer would disturb.
 TRACED = [
@@ -92,8 +98,8 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Everything; on the other Pythons what may depend on them."""
     session.install("-e", ".[demo]", *nox.project.dependency_groups(PROJECT, "test"))
-    left_out = () if session.python == MAIN else [f"--ignore={place}" for place in ONCE]
-    _test(session, "python", *left_out)
+    left_out = () if session.python == MAIN else ONCE if session.python in {PYTHONS[0], PYTHONS[-1]} else ONCE + ENDS
+    _test(session, "python", *(f"--ignore={place}" for place in left_out))
 
 
 @nox.session(python=MAIN)
