@@ -19,7 +19,7 @@ def test_no_more_instructions_than_recorded():
 
 
 def test_a_regression_would_be_told():
-    """What we add may grow by a tenth, alone or as a share; a target without a record may be anything."""
+    """What we add may grow by a tenth, alone or as a share, or by what a bare cycle sways; without a record it is free."""
     then = {target: {"bare": 1000, "added": 100} for target in "abcd"}
     now = {
         "a": {"bare": 1000, "added": 111},
@@ -27,6 +27,9 @@ def test_a_regression_would_be_told():
         "c": {"bare": 1200, "added": 120},
         "d": {"bare": 800, "added": 100},
         "e": {"bare": 1, "added": 9},
+        "f": {"bare": 100_000, "added": 400},
+        "g": {"bare": 100_000, "added": 401},
     }
+    then |= {target: {"bare": 100_000, "added": 100} for target in "fg"}
 
-    assert [told.partition(":")[0] for told in instructions.regressions(now, then)] == ["a"]
+    assert [told.partition(":")[0] for told in instructions.regressions(now, then)] == ["a", "g"]
