@@ -20,7 +20,7 @@ from stubs import POOLS
 
 RECORD = Path(__file__).parents[1] / "tests/bench/instructions.json"
 MOST = 1.10  # times what is recorded; other seeds of the hashes make up to 3 % of it, in either direction
-# Of a bare cycle: it differs so much itself from one folder to another, which is a third of what httpcore is added.
+# Of a bare cycle: it differs so much from one folder to another, which is a third of what httpcore is added.
 SWAY = 0.003
 ALIKE = 8  # pools
 MANY, CYCLES = 400, {"httpx": 80}  # of one measure; some are longer

@@ -19,7 +19,7 @@ def test_no_more_instructions_than_recorded():
 
 
 def test_a_regression_would_be_told():
-    """What we add may grow by a tenth, alone or as a share, or by what a bare cycle sways; without a record it is free."""
+    """What we add may grow by a tenth, alone or as a share, or by what a bare cycle sways, or have no record."""
     then = {target: {"bare": 1000, "added": 100} for target in "abcd"}
     now = {
         "a": {"bare": 1000, "added": 111},
