@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import importlib
 import inspect
@@ -227,6 +228,134 @@ def test_only_redis_own_decorator_is_passed_by():
 
     assert redis_target.undecorated(wrapper) is wrapper
     assert redis_target.undecorated(inside) is inside
+
+
+def opened(library, valkey, kind=None, **options):
+    """An open connection of a pool of its own."""
+    kinds = {} if kind is None else {"connection_class": kind}
+    pool = library.ConnectionPool(host="127.0.0.1", port=valkey.port, **kinds, **options)
+    return pool, ask(library, pool)
+
+
+needs_steps = pytest.mark.skipif(REDIS < (6, 0), reason="before, `connect` itself looks if there is a socket")
+
+
+@needs_steps
+def test_the_steps_to_open_an_open_connection_are_left_out(valkey):
+    """`connect()` goes as far as redis-py's look for a socket only if there is none."""
+    redis = importlib.import_module("redis")
+    otel_pools.instrument("redis")
+    pool, connection = opened(redis, valkey)
+    asked = []
+    connection.connect_check_health = lambda **_: asked.append("whether it is open")
+
+    connection.connect()
+    assert asked == []
+    connection.disconnect()
+    connection.connect()
+    assert asked == ["whether it is open"]
+    pool.disconnect()
+
+
+@needs_steps
+def test_the_steps_to_open_an_open_asyncio_connection_are_left_out(valkey):
+    """The same for a coroutine function, which stays one."""
+    redis = importlib.import_module("redis.asyncio")
+    otel_pools.instrument("redis")
+    asked = []
+
+    async def look(**_):
+        asked.append("whether it is open")
+
+    async def go():
+        connection = redis.Connection(host="127.0.0.1", port=valkey.port)
+        assert inspect.iscoroutinefunction(connection.connect)
+        await connection.connect()
+        connection.connect_check_health = look
+        await connection.connect()
+        assert asked == []
+        await connection.disconnect()
+        await connection.connect()
+
+    asyncio.run(go())
+    assert asked == ["whether it is open"]
+
+
+@needs_steps
+def test_somebody_elses_step_is_not_left_out(valkey, monkeypatch):
+    """A subclass that looks for itself is asked as without us; so is a wrapper that another tool puts on after us."""
+    redis = importlib.import_module("redis")
+    otel_pools.instrument("redis")
+    asked = []
+
+    class Own(redis.Connection):
+        def connect_check_health(self, *args, **kwargs):
+            asked.append("a subclass")
+            return super().connect_check_health(*args, **kwargs)
+
+    pool, connection = opened(redis, valkey, Own)
+    asked.clear()
+    connection.connect()
+    assert asked == ["a subclass"]
+    pool.disconnect()
+
+    asked.clear()
+    pool, connection = opened(redis, valkey)
+    kind = importlib.import_module("redis.connection").AbstractConnection
+    inside = kind.connect_check_health
+    with monkeypatch.context() as patched:  # off before we are
+        patched.setattr(
+            kind, "connect_check_health", lambda *args, **kwargs: asked.append("a tool") or inside(*args, **kwargs)
+        )
+        connection.connect()
+    assert asked == ["a tool"]
+    pool.disconnect()
+
+
+@pytest.mark.skipif(REDIS < (7, 2), reason="before, `connect` does not go through it")
+def test_somebody_elses_retry_is_not_left_out(valkey):
+    """A `Retry` of the user's that counts what goes through it counts as without us."""
+    redis = importlib.import_module("redis")
+    retry = importlib.import_module("redis.retry")
+    otel_pools.instrument("redis")
+    asked = []
+
+    class Counting(retry.Retry):
+        def call_with_retry(self, *args, **kwargs):
+            asked.append("a retry")
+            return super().call_with_retry(*args, **kwargs)
+
+    no_backoff = importlib.import_module("redis.backoff").NoBackoff()
+    pool, connection = opened(redis, valkey, retry=Counting(no_backoff, 0))
+    asked.clear()
+    connection.connect()
+
+    assert asked == ["a retry"]
+    pool.disconnect()
+
+
+@needs_steps
+def test_only_redis_own_steps_are_known(monkeypatch):
+    """Whatever another tool has put around one of the steps before us is called like any method."""
+    connection = importlib.import_module("redis.connection").AbstractConnection
+    retry = importlib.import_module("redis.retry").Retry
+    assert redis_target.only_asks(connection)
+
+    for owner, name in ((connection, "connect"), (connection, "connect_check_health"), (retry, "call_with_retry")):
+        inside = vars(owner)[name]
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, lambda *args, inside=inside, **kwargs: inside(*args, **kwargs))
+            assert not redis_target.only_asks(connection)
+            patched.setattr(owner, name, functools.wraps(inside)(vars(owner)[name]))
+            # Around the last step there may be one, which is ours.
+            assert redis_target.only_asks(connection) is (name == "connect_check_health")
+
+
+def test_a_connection_that_looks_for_itself_is_left_alone():
+    """Up to 5.3, and in valkey-py, `connect` asks first: there is nothing to leave out."""
+    for library in (name for name in LIBRARIES if name == "valkey" or REDIS < (6, 0)):
+        for package in (library, f"{library}.asyncio"):
+            assert not redis_target.only_asks(importlib.import_module(f"{package}.connection").AbstractConnection)
 
 
 @pytest.mark.skipif(REDIS < (5, 3), reason="there was no decorator before")

@@ -333,9 +333,68 @@ def undecorated(method: Callable[..., Any]) -> Callable[..., Any]:
     inside = getattr(method, "__wrapped__", None)
     if code is None or inside is None or code.co_name not in {"wrapper", "async_wrapper"}:
         return method
-    library = method.__module__.partition(".")[0]
-    own = code.co_filename.replace("\\", "/").endswith(f"/{library}/utils.py")
-    return inside if own else method
+    return inside if _is_from(method, f"{method.__module__.partition('.')[0]}.utils") else method
+
+
+def _is_from(function: Any, module: str) -> bool:
+    """Whether it was written there: what somebody has put around it was not, whatever it calls itself."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename.replace("\\", "/").endswith(f"/{module.replace('.', '/')}.py")
+
+
+def unless_open(kind: str, is_open: Callable[[Any], Any]) -> Row:
+    """
+    What a checkout calls to have its connection open: from 6.0 on several steps, of which the last looks if it is.
+
+    If so, they come to nothing and are left out, which makes up for what we add to a checkout; unless one of them is
+    not the library's own. It comes after the row for the last of them.
+    """
+
+    def compile(original: Callable[..., Any], _: Registry) -> Callable[..., Any]:
+        owner, name = resolve(f"{kind}.connect")
+        if not only_asks(owner):
+            raise LookupError(name)
+        last, (retries, _module) = owner.connect_check_health, _retries(owner)
+
+        # What both begin with stands in each: a call would cost half of what is saved.
+        def connect(connection: Any) -> Any:
+            try:
+                own = type(connection).connect_check_health is last
+                needless = own and type(connection.retry).call_with_retry is retries and is_open(connection)
+            except Exception as mistake:
+                needless = False
+                lost_quietly("a creation", mistake)
+            return None if needless else original(connection)
+
+        async def async_connect(connection: Any) -> Any:
+            try:
+                own = type(connection).connect_check_health is last
+                needless = own and type(connection.retry).call_with_retry is retries and is_open(connection)
+            except Exception as mistake:
+                needless = False
+                lost_quietly("a creation", mistake)
+            return None if needless else await original(connection)
+
+        return async_connect if inspect.iscoroutinefunction(original) else connect
+
+    return optional(Hook("create", f"{kind}.connect", compile))
+
+
+def _retries(connection: type[Any]) -> tuple[Any, str]:
+    """What the steps to open one of these go through from 7.2 on, and where that should be from."""
+    module = f"{connection.__module__.rpartition('.')[0]}.retry"
+    owner, name = resolve(f"{module}:Retry.call_with_retry")
+    return vars(owner)[name], module
+
+
+def only_asks(connection: type[Any]) -> bool:
+    """Whether its `connect` only calls `connect_check_health`, which asks first; all of it the library's own."""
+    first, last = vars(connection)["connect"], vars(connection).get("connect_check_health")
+    inside, module = getattr(last, "__wrapped__", last), connection.__module__  # of our twin
+    if not (_is_from(first, module) and _is_from(inside, module) and _is_from(*_retries(connection))):
+        return False
+    asks = first.__code__.co_names in {("connect_check_health",), ("retry", "call_with_retry")}
+    return asks and inside.__code__.co_names[0] in {"_sock", "is_connected"}
 
 
 def _out(pool: Any, connection: Any) -> bool:
@@ -594,8 +653,8 @@ def _without_ours(original: Callable[..., Any], _: Registry) -> Callable[..., An
 def _rows(library: str) -> tuple[Row, ...]:
     """Both libraries have the same; the pools of Sentinel, of a sync cluster and of several databases are these."""
     pool, blocking = f"{library}.connection:ConnectionPool", f"{library}.connection:BlockingConnectionPool"
-    connection = f"{library}.connection:AbstractConnection"
     aio = f"{library}.asyncio.connection"
+    connection, async_connection = f"{library}.connection:AbstractConnection", f"{aio}:AbstractConnection"
     node = f"{library}.asyncio.cluster:ClusterNode"
     sync_open, async_open = attrgetter("_sock"), attrgetter("is_connected")
 
@@ -621,9 +680,11 @@ def _rows(library: str) -> tuple[Row, ...]:
         make(f"{aio}:ConnectionPool.make_connection", parts=_parts),
         optional(make(f"{aio}:BlockingConnectionPool.make_connection", parts=_parts)),  # 5.0.0 alone
         opens(connection, sync_open),
-        opens(f"{aio}:AbstractConnection", async_open),
+        opens(async_connection, async_open),
+        unless_open(connection, sync_open),
+        unless_open(async_connection, async_open),
         disconnect(f"{connection}.disconnect", is_open=sync_open, reason=why_closed),
-        disconnect(f"{aio}:AbstractConnection.disconnect", is_open=async_open, reason=why_closed),
+        disconnect(f"{async_connection}.disconnect", is_open=async_open, reason=why_closed),
         acquire(f"{node}.acquire_connection", lease=_lend, refusal=refusal),
         make(f"{node}.acquire_connection", parts=_parts),
         optional(take_back(f"{node}.release", out=_out)),  # from 6.4 on
