@@ -63,6 +63,8 @@ ENDS = (
     *("tests/bench/test_memory.py", "tests/targets/test_qdrant.py"),
     *(f"tests/test_{room}.py" for room in ("doctor", "live", "outside", "worlds")),
 )
+# Of the tests, by Python; all others leave out both.
+LEFT_OUT = {PYTHONS[0]: ONCE, PYTHONS[-1]: ONCE, MAIN: ()}
 # In memory, or nearly; no test of these measures time or counts instructions, which a tracer would disturb.
 TRACED = [
     *(f"tests/targets/test_{target}.py" for target in ("sqlalchemy", "redis", "httpx")),
@@ -98,7 +100,7 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Everything; on the other Pythons what may depend on them."""
     session.install("-e", ".[demo]", *nox.project.dependency_groups(PROJECT, "test"))
-    left_out = () if session.python == MAIN else ONCE if session.python in {PYTHONS[0], PYTHONS[-1]} else ONCE + ENDS
+    left_out = LEFT_OUT.get(str(session.python), ONCE + ENDS)
     _test(session, "python", *(f"--ignore={place}" for place in left_out))
 
 

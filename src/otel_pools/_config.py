@@ -29,7 +29,7 @@ class Settings:
         names: Pool names by server, ``host[:port][/database]=name``.
         leak_threshold: Seconds after which a connection that is out is overdue; 0 means never.
         holders: Whether to note who holds a connection: the thread or task, trace and line that borrowed it. Without
-            that a checkout takes 40 to 70 % of our time for it, and there are no holders (in spans, logs, `holders()`),
+            that a checkout takes 40 to 60 % of our time for it, and there are no holders (in spans, logs, `holders()`),
             no leak watch and no nested checkouts.
         call_site: Whether to note from which line of the application a connection was borrowed.
         stacks: Whether to note everything that stood below that line too.
