@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import importlib
@@ -331,6 +332,25 @@ def test_somebody_elses_retry_is_not_left_out(valkey):
     connection.connect()
 
     assert asked == ["a retry"]
+    pool.disconnect()
+
+
+@needs_steps
+def test_a_connection_that_we_cannot_read_is_asked_as_without_us(valkey, monkeypatch, caplog):
+    """What is missing costs one line in the log, and the call goes on to redis-py."""
+    monkeypatch.setattr(_guard, "loud", False)
+    redis = importlib.import_module("redis")
+    otel_pools.instrument("redis")
+    pool, connection = opened(redis, valkey)
+    pool.release(connection)
+    retry = vars(connection).pop("retry")
+    with contextlib.suppress(AttributeError):  # redis-py's own, from 7.2 on
+        connection.connect()
+    connection.retry = retry
+    _guard.speak()
+
+    assert [line for line in caplog.messages if "a creation" in line]
+    assert redis.Redis(connection_pool=pool).ping()
     pool.disconnect()
 
 
