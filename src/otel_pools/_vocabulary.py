@@ -13,6 +13,7 @@ SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 # Identity, on every series. The pool's name has two keys, as semconv owns only the first.
 SEMCONV_POOL = "db.client.connection.pool.name"
 OUR_POOL = "otel_pools.pool.name"
+POOL_KEYS = (SEMCONV_POOL, OUR_POOL)
 SYSTEM = "db.system.name"
 NAMESPACE = "db.namespace"
 ADDRESS = "server.address"
