@@ -351,6 +351,7 @@ WALLS = {
     "_hooks._until_open.end",
     "_hooks._creating.ended",
     "_hooks._if_closed.way",
+    "targets/redis.unless_open.compile.is_needless",
     "_hooks._begun",
     "_hooks._open.open",
     "_hooks._async_open.open",

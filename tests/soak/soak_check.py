@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from otel_pools import _vocabulary as words
 
-POOL_KEYS = (words.SEMCONV_POOL, words.OUR_POOL)
-
 
 @dataclass(frozen=True)
 class Wrong:
@@ -33,7 +31,7 @@ class Arrived:
         self.points = [
             point
             for point in points
-            if point.seconds == newest and name in {point.attributes.get(key) for key in POOL_KEYS}
+            if point.seconds == newest and name in {point.attributes.get(key) for key in words.POOL_KEYS}
         ]
 
     def __repr__(self):

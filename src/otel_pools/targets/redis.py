@@ -354,44 +354,39 @@ def unless_open(kind: str, is_open: Callable[[Any], Any]) -> Row:
         owner, name = resolve(f"{kind}.connect")
         if not only_asks(owner):
             raise LookupError(name)
-        last, (retries, _module) = owner.connect_check_health, _retries(owner)
+        last, retries = owner.connect_check_health, _retry(owner).call_with_retry
 
-        # What both begin with stands in each: a call would cost half of what is saved.
-        def connect(connection: Any) -> Any:
+        def is_needless(connection: Any) -> bool:
             try:
                 own = type(connection).connect_check_health is last
-                needless = own and type(connection.retry).call_with_retry is retries and is_open(connection)
+                return own and type(connection.retry).call_with_retry is retries and bool(is_open(connection))
             except Exception as mistake:
-                needless = False
                 lost_quietly("a creation", mistake)
-            return None if needless else original(connection)
+                return False
+
+        def connect(connection: Any) -> Any:
+            return None if is_needless(connection) else original(connection)
 
         async def async_connect(connection: Any) -> Any:
-            try:
-                own = type(connection).connect_check_health is last
-                needless = own and type(connection.retry).call_with_retry is retries and is_open(connection)
-            except Exception as mistake:
-                needless = False
-                lost_quietly("a creation", mistake)
-            return None if needless else await original(connection)
+            return None if is_needless(connection) else await original(connection)
 
         return async_connect if inspect.iscoroutinefunction(original) else connect
 
     return optional(Hook("create", f"{kind}.connect", compile))
 
 
-def _retries(connection: type[Any]) -> tuple[Any, str]:
-    """What the steps to open one of these go through from 7.2 on, and where that should be from."""
-    module = f"{connection.__module__.rpartition('.')[0]}.retry"
-    owner, name = resolve(f"{module}:Retry.call_with_retry")
-    return vars(owner)[name], module
+def _retry(connection: type[Any]) -> Any:
+    """The class whose `call_with_retry` the steps to open one of these go through, from 7.2 on."""
+    owner, _ = resolve(f"{connection.__module__.rpartition('.')[0]}.retry:Retry.call_with_retry")
+    return owner
 
 
 def only_asks(connection: type[Any]) -> bool:
     """Whether its `connect` only calls `connect_check_health`, which asks first; all of it the library's own."""
-    first, last = vars(connection)["connect"], vars(connection).get("connect_check_health")
+    first, last, retry = vars(connection)["connect"], vars(connection).get("connect_check_health"), _retry(connection)
     inside, module = getattr(last, "__wrapped__", last), connection.__module__  # of our twin
-    if not (_is_from(first, module) and _is_from(inside, module) and _is_from(*_retries(connection))):
+    steps = ((first, module), (inside, module), (retry.call_with_retry, retry.__module__))
+    if not all(_is_from(step, place) for step, place in steps):
         return False
     asks = first.__code__.co_names in {("connect_check_health",), ("retry", "call_with_retry")}
     return asks and inside.__code__.co_names[0] in {"_sock", "is_connected"}
