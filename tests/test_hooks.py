@@ -997,22 +997,26 @@ def test_a_creation_is_timed(lib, clock):
 
     assert creating(lib, connect)(record, 1, ssl=2) == ((record, 1), {"ssl": 2})
     passage = _watch.current_passage()
-    assert during == [({id(record)}, True)]
+    assert during == [({id(record)}, id(record))]
     assert lib.watch.ledger.outbox.creates == [4.0]
     assert (lib.watch.creating, list(lib.watch.connections())) == (set(), [record])
     assert lib.watch.opened == {id(record): 104.0}
     assert (passage.path, passage.creating, passage.created, passage.failed) == ("new", False, False, None)
 
 
-@pytest.mark.parametrize(("is_open", "was_closed", "counted"), [(0, 0, 0), (1, 0, 1), (0, 1, 1)])
+@pytest.mark.parametrize(
+    ("is_open", "was_closed", "counted"), [(0, None, 0), (1, None, 1), (0, "itself", 1), (0, "another", 0)]
+)
 def test_a_creation_that_fails_is_counted_if_something_was_opened(lib, clock, is_open, was_closed, counted):
     """A connection that a listener's error left open, or that was closed again, was opened; its record is no member."""
-    record, error, asked = Record(lib.pool), LookupError("theirs"), []
+    record, another = Record(lib.pool, Pool()), Record(lib.pool, Pool())
+    error, asked = LookupError("theirs"), []
+    lib.watch.met(another)
 
     def connect(_):
         clock.now += 4.0
         if was_closed:
-            closing(lib)(lib.pool, Pool())
+            closing(lib)(lib.pool, {"itself": record, "another": another}[was_closed].connection)
         raise error
 
     with pytest.raises(LookupError) as caught:
@@ -1021,7 +1025,7 @@ def test_a_creation_that_fails_is_counted_if_something_was_opened(lib, clock, is
     assert caught.value is error
     assert asked in ([record], [])
     assert lib.watch.ledger.outbox.creates == [4.0] * counted
-    assert (lib.watch.creating, lib.watch.members) == (set(), {})
+    assert (lib.watch.creating, list(lib.watch.connections())) == (set(), [another])
     assert _watch.current_passage().failed is error
 
 

@@ -834,10 +834,19 @@ def test_a_connection_is_open_when_its_opening_has_ended(watch, clock):
     ended(True, None)
     passage = current_passage()
 
-    assert during == (True, "new")
+    assert during == (id(connection), "new")
     assert watch.outbox.creates == [3.0]
     assert (watch.watch.opened, watch.watch.made) == ({id(connection): 103.0}, {1})
     assert (passage.creating, passage.created, passage.failed) == (False, False, None)
+
+
+def test_another_connection_may_close_while_one_opens(watch):
+    """If the garbage collector ends one in the midst of it, that says nothing of what is being opened."""
+    ended = watch.watch.opening(Thing())
+    watch.watch.shut(1, "closed")
+    ended(False, ConnectionError())
+
+    assert (watch.outbox.creates, watch.outbox.closes) == ([], [])
 
 
 def test_a_connection_that_did_not_open(watch):

@@ -566,11 +566,11 @@ def _creating(watch: Watch, record: Any, opened: Callable[[Any], bool]) -> Calla
     watch.met(record)
     watch.creating.add(id(record))
     watch.inherited.pop(id(record), None)
-    passage.creating = True
+    passage.creating = id(record)
 
     def ended(error: BaseException | None) -> None:
         with guard("the end of a creation"):
-            created, passage.creating, passage.created = passage.created, False, False
+            created, passage.creating, passage.created = passage.created, 0, False
             watch.creating.discard(id(record))
             if error is not None:
                 passage.failed = error
@@ -601,12 +601,13 @@ def close(where: str, *, reason: Callable[[], str], connection: Pick) -> Hook:
                 watch = registry.find(pool)
                 if watch is not None:
                     watch.closed(reason())
+                    passage = current_passage()
                     for record in watch.connections():
                         if connection(record) is args[0]:
                             watch.opened.pop(id(record), None)
-                    passage = current_passage()
-                    if passage is not None and passage.creating:
-                        passage.created = True
+                            # While one is being opened the garbage collector may close another.
+                            if passage is not None and passage.creating == id(record):
+                                passage.created = True
             except Exception as mistake:
                 lost_quietly("a close", mistake)
             return original(pool, *args, **kwargs)

@@ -49,7 +49,7 @@ class Passage:
         self.path = path
         self.outer = outer
         self.since = clock()
-        self.creating = False
+        self.creating = 0  # the id of what is being opened
         self.created = False
         self.failed: BaseException | None = None
 
@@ -442,14 +442,14 @@ class Watch(_Way):
             # It was closed without a word, as when two close and open it at once.
             self.shut(id(connection), words.CLOSED)
         start, passage = clock(), detour(words.NEW)
-        passage.creating = True
+        passage.creating = id(connection)
 
         def ended(is_open: bool, error: BaseException | None) -> None:
             if is_open:
                 self.has_opened(connection)
             if is_open or passage.created:
                 self.created(start)
-            passage.creating, passage.created, passage.failed = False, False, error
+            passage.creating, passage.created, passage.failed = 0, False, error
 
         return ended
 
@@ -470,7 +470,8 @@ class Watch(_Way):
                 self.ledger.outbox.lives.append(clock() - since)
         else:
             passage = _passage.get()
-            if passage is None or not passage.creating or passage.created:
+            # While one is being opened the garbage collector may close another.
+            if passage is None or passage.creating != key or passage.created:
                 return
             passage.created = True
         self.closed(reason)

@@ -343,6 +343,29 @@ def test_listener_raises(play, flavour, stage_of_life):
     play(scenario)
 
 
+def test_another_closes_while_one_fails_to_open(play):
+    """While a connection cannot be opened another is closed, as the garbage collector may: one was created, not two."""
+
+    def scenario(stage):
+        held = stage.engine.connect()
+        creator = stage.engine.pool._creator
+
+        def fail():
+            held.invalidate()
+            raise ConnectionError("down")
+
+        stage.engine.pool._creator = fail
+        with pytest.raises(ConnectionError, match="down"):
+            stage.engine.connect()
+        stage.engine.pool._creator = creator
+        now = stage.is_true(0, 0)
+        held.close()
+
+        assert now.value("otel_pools.connection.created") == 1
+
+    play(scenario)
+
+
 def test_dispose_while_out(play):
     """A replaced pool counts as long as its connections are open; its limits, and it as a pool, do not."""
 
