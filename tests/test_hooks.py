@@ -970,6 +970,79 @@ def test_a_queue_that_cannot_be_asked_is_a_queue(lib, caplog):
     assert "a queue: AttributeError" in caplog.text
 
 
+class Line:
+    """A queue as Python's, which asks itself whether it is empty."""
+
+    def __init__(self, *items):
+        self.queue = [*items]
+
+    def _empty(self):
+        return not self.queue
+
+    def asks_more(self):
+        return not len(self.queue)
+
+    def get(self, block=True):
+        return None if self._empty() else self.queue.pop()
+
+    def empty(self):
+        block = True
+        return block and self._empty()
+
+
+def asking(lib, line=Line):
+    """The class, and the registry of what its queues note."""
+
+    class Asking(line):
+        _empty = _hooks.queue_if_empty("m:Q._empty").compile(line._empty, lib.registry)
+
+    return Asking
+
+
+@pytest.mark.parametrize(
+    ("items", "ask", "answer", "path"),
+    [
+        ((), lambda line: line.get(), None, "queued"),
+        ((1,), lambda line: line.get(), 1, None),
+        ((), lambda line: line.get(block=False), None, None),
+        ((), lambda line: line.empty(), True, None),
+        ((1,), lambda line: line.empty(), False, None),
+    ],
+)
+def test_who_asks_a_queue_without_items_stands_in_line(lib, items, ask, answer, path):
+    """Only a `get` that may wait, and hears that there is nothing, has queued; the answer is the queue's."""
+    assert ask(asking(lib)(*items)) == answer
+    assert getattr(_watch.current_passage(), "path", None) == path
+
+
+def test_an_empty_queue_without_us_is_empty(lib):
+    """Switched off, nothing is noted."""
+    lib.registry.close()
+
+    assert asking(lib)().get() is None
+    assert _watch.current_passage() is None
+
+
+@pytest.mark.parametrize("method", [Line.asks_more, Line.get, len])
+def test_a_queue_that_asks_more_is_not_answered_for(lib, method):
+    """Where the method is not known to look at the items alone, the row does not fit."""
+    with pytest.raises(LookupError, match=r"m:Q\._empty"):
+        _hooks.queue_if_empty("m:Q._empty").compile(method, lib.registry)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_queue_whose_items_we_cannot_see_is_asked(lib, caplog):
+    """If we fail, its own method is asked."""
+
+    class Shy(Line):
+        queue = property(lambda _: 1 / 0, lambda *_: None)
+
+    with pytest.raises(ZeroDivisionError):
+        asking(lib, Shy)().get()
+    _guard.speak()
+    assert "a queue: ZeroDivisionError" in caplog.text
+
+
 class Record:
     """A connection's place in a pool."""
 
@@ -1482,6 +1555,7 @@ def test_the_row_that_fits_gets_the_registry(registry):
         ("release", lambda: _hooks.release("m:C.f", pool=broken)),
         ("release", lambda: _hooks.take_back("m:C.f", out=broken)),
         ("queue", lambda: _hooks.queue("m:C.f", items=broken)),
+        ("queue", lambda: _hooks.queue_if_empty("m:C.f")),
         ("create", lambda: _hooks.create("m:C.f", pool=broken, opened=broken)),
         ("create", lambda: _hooks.connect("m:C.f", is_open=broken)),
         ("close", lambda: _hooks.close("m:C.f", reason=broken, connection=broken)),

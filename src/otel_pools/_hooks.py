@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import update_wrapper
@@ -526,6 +527,35 @@ def queue(where: str, *, items: Pick) -> Hook:
             return original(line, block, timeout)
 
         return get
+
+    return Hook("queue", where, compile)
+
+
+def queue_if_empty(where: str) -> Hook:
+    """
+    What `queue.Queue.get` asks: whether its ``queue`` has no items; a `get(block)` that hears so stands in line.
+
+    Only where that is all that the method looks at: it is not called then, so
+    that a checkout which finds an item makes no call for our sake.
+    """
+
+    def compile(original: Callable[..., Any], registry: Registry) -> Callable[..., Any]:
+        code = getattr(original, "__code__", None)
+        if code is None or code.co_names != ("queue",):
+            raise LookupError(where)
+
+        def is_empty(line: Any) -> Any:
+            try:
+                if line.queue:
+                    return False
+                asks = sys._getframe(1)
+                if registry.active and asks.f_code.co_name == "get" and asks.f_locals.get("block"):
+                    detour(words.QUEUED)
+            except Exception as mistake:
+                lost_quietly("a queue", mistake)
+            return original(line)
+
+        return is_empty
 
     return Hook("queue", where, compile)
 

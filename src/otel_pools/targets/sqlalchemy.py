@@ -20,7 +20,7 @@ from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord
 
 from .. import _vocabulary as words
 from .._guard import guard, lost_quietly
-from .._hooks import Hook, Undo, acquire, after, close, create, nothing, queue, release, replace
+from .._hooks import Hook, Undo, acquire, after, close, create, either, nothing, queue, queue_if_empty, release, replace
 from .._leases import outwards
 from .._model import Identity, Snapshot
 from .._watch import LONG_AGO, clock
@@ -462,7 +462,10 @@ TARGET = Target(
             release(
                 "sqlalchemy.pool.base:_ConnectionRecord.checkin", pool=_pool_of_record, loan=attrgetter("fairy_ref")
             ),
-            queue("sqlalchemy.util.queue:Queue.get", items=attrgetter("queue")),
+            either(
+                queue_if_empty("sqlalchemy.util.queue:Queue._empty"),
+                queue("sqlalchemy.util.queue:Queue.get", items=attrgetter("queue")),
+            ),
             queue("sqlalchemy.util.queue:AsyncAdaptedQueue.get", items=attrgetter("_queue._queue")),
             create(
                 "sqlalchemy.pool.base:_ConnectionRecord._ConnectionRecord__connect",
