@@ -370,20 +370,28 @@ def test_what_is_inside_decides_how_it_is_called(lib, is_async):
     assert called(twin(lib.pool)) == "connection"
 
 
+any_lease = pytest.mark.parametrize("lease", ["record", lambda result: result.record], ids=["attribute", "function"])
+
+
 @any_way
-def test_a_result_may_stand_for_something_else(lib, is_async):
+@any_lease
+def test_a_result_may_stand_for_something_else(lib, is_async, lease):
     """What stands for the loan is taken from the result; the caller gets the result."""
-    connection = Pool()
-    got = called(acquiring(lib, lambda _: (connection,), is_async, lease=lambda result: result[0])(lib.pool))
+    result = Record(lib.pool)
+    result.record = Pool()
 
-    assert got == (connection,)
-    assert list(lib.watch.leases) == [id(connection)]
+    assert called(acquiring(lib, lambda _: result, is_async, lease=lease)(lib.pool)) is result
+    assert list(lib.watch.leases) == [id(result.record)]
 
 
 @any_way
-def test_a_shared_loan_is_none(lib, is_async):
+@any_lease
+def test_a_shared_loan_is_none(lib, is_async, lease):
     """If what is got was lent before, there is neither a wait nor a lease."""
-    assert called(acquiring(lib, lambda _: "shared", is_async, lease=lambda _: None)(lib.pool)) == "shared"
+    result = Record(lib.pool)
+    result.record = None
+
+    assert called(acquiring(lib, lambda _: result, is_async, lease=lease)(lib.pool)) is result
     assert (lib.watch.leases, lib.watch.waits, lib.watch.notes, lib.watch.waiting) == ({}, [], [], [])
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import update_wrapper
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import _vocabulary as words
@@ -140,15 +141,20 @@ def resolve(where: str) -> tuple[Any, str]:
 
 
 def acquire(
-    where: str, *, lease: Pick | None = None, refusal: Refusal, crowded: Pick | None = None, bare: Pick | None = None
+    where: str,
+    *,
+    lease: Pick | str | None = None,
+    refusal: Refusal,
+    crowded: Pick | None = None,
+    bare: Pick | None = None,
 ) -> Hook:
     """
     A call on a pool that borrows a connection; its duration is the wait time.
 
     Args:
         where: The method, a coroutine function or not.
-        lease: From its result to the object that stands for the loan until it
-            is released, None if this call only shared an earlier loan; by default the result itself.
+        lease: From its result to the object that stands for the loan until it is released, None if this call only
+            shared an earlier loan, or the attribute that it is; by default the result itself.
         refusal: From an error to the word for "the pool had none", or None.
         crowded: Whether who asks this pool now must stand in line, where the library has no `queue` to hook.
         bare: From the method to what does the same for a call without arguments.
@@ -158,10 +164,11 @@ def acquire(
         plain = original if bare is None else bare(original)
         # Asked of what is inside: redis-py 5.3 to 7.1 wrap a coroutine function in a plain one.
         is_async = inspect.iscoroutinefunction(plain)
-        if not is_async and crowded is None and lease is not None and takes(original) == 1:
-            return _plain_checkout(original, registry, plain=plain, lease=lease, refusal=refusal)
+        if not is_async and crowded is None and isinstance(lease, str) and takes(original) == 1:
+            return reading(_plain_checkout(original, registry, plain=plain, refusal=refusal), lent=lease)
         twin = _async_checkout if is_async else _checkout
-        return twin(original, registry, plain=plain, lease=lease, refusal=refusal, crowded=crowded)
+        pick = attrgetter(lease) if isinstance(lease, str) else lease
+        return twin(original, registry, plain=plain, lease=pick, refusal=refusal, crowded=crowded)
 
     return Hook("acquire", where, compile)
 
@@ -189,6 +196,14 @@ def named_like(original: Any, twin: Any) -> Callable[..., Any]:
     return like
 
 
+def reading(twin: Any, **names: str) -> Callable[..., Any]:
+    """The twin, which reads these attributes by the names that they have in the library: a pick would be a call."""
+    code = twin.__code__
+    twin.__code__ = code.replace(co_names=tuple(names.get(name, name) for name in code.co_names))
+    like: Callable[..., Any] = twin
+    return like
+
+
 # Of what follows three times, all of the common case stands where it happens: a call would cost as much as any of its
 # lines. So would a catch-all for arguments where there are none, which is why `_plain_checkout` is not `_checkout`.
 
@@ -198,7 +213,6 @@ def _plain_checkout(  # noqa: C901  # a branch costs less than the call that wou
     registry: Registry,
     *,
     plain: Callable[..., Any],
-    lease: Pick,
     refusal: Refusal,
 ) -> Callable[..., Any]:
     watches, meet, passage, lend = registry.watches, registry.meet, current_passage, registry.lend
@@ -221,7 +235,7 @@ def _plain_checkout(  # noqa: C901  # a branch costs less than the call that wou
         end = clock()
         try:
             waiting.remove(start)
-            held = lease(result)
+            held = result.lent  # that is, by its own name
             if held is not None:
                 leases, key = watch.leases, id(held)
                 if knows:

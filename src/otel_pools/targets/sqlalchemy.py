@@ -454,7 +454,7 @@ TARGET = Target(
         "sqlalchemy": (
             acquire(
                 "sqlalchemy.pool.base:Pool.connect",
-                lease=attrgetter("_connection_record"),
+                lease="_connection_record",
                 refusal=refusal,
                 bare=inside,
             ),
