@@ -13,7 +13,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from stubs import POOLS
@@ -23,9 +25,11 @@ MOST = 1.10  # times what is recorded; other seeds of the hashes make up to 3 % 
 # Of a bare cycle: it differs so much from one folder to another, which is a third of what httpcore is added.
 SWAY = 0.003
 ALIKE = 8  # pools
-MANY, CYCLES = 400, {"httpx": 80}  # of one measure; some are longer
+# Each `instrument()` gives the types new versions, which in CPython's cache of methods collide with others, or do not.
+LAYOUTS = 5
+MANY, CYCLES = 200, {"httpx": 40}  # of one measure; some are longer
 MARK = "getloadavg"  # a function of libc that nothing here calls but us
-SEED = "0"
+SEEDS = "012"  # of the hashes, and so of where in memory everything is
 WAYS: dict[str, dict[str, bool]] = {"ours": {"holders": False}, "all on": {}}
 DUMPS = 3 * (1 + len(WAYS))  # of one target
 Figures = dict[str, Any]  # of one target and way: instructions a cycle, their ratio, and of which version
@@ -42,18 +46,29 @@ def program() -> None:
     """Of each target some cycles, then twice as many, bare and each way; between marks. No SDK: a cycle calls none."""
     import otel_pools
 
-    # Several, as what a look-up takes depends on where in memory its key happens to be.
-    pools = {target: [make() for _ in range(ALIKE)] for target, make in POOLS.items()}
+    for make in POOLS.values():
+        make().cycle()
     gc.disable()
-    gc.freeze()  # or each search for pools, under valgrind, takes seconds
-    for target, alike in pools.items():
-        cycles = [pool.cycle for pool in alike]
+    _count()
+    for target, make in [*POOLS.items()] * LAYOUTS:
+        # Several, as what a look-up takes depends on where in memory its key happens to be.
+        cycles = [make().cycle for _ in range(ALIKE)]
+        gc.freeze()  # or each search for pools, under valgrind, takes seconds
         _marked(target, cycles)
         for way in WAYS.values():
             # No wait is slow, however slow valgrind is.
             otel_pools.instrument(target, span_threshold=1000, **way)
             _marked(target, cycles)
             otel_pools.uninstrument(target)
+
+
+def _count() -> None:
+    """From here on: to count in the imports as well takes longer than all the rest."""
+    told = subprocess.Popen(["vgdb", f"--pid={os.getpid()}", "instrumentation", "on"], stderr=subprocess.DEVNULL)
+    while told.poll() is None:
+        """Were this a wait, valgrind would have to be woken by ptrace, which not everybody may use."""
+    if told.returncode:
+        raise subprocess.CalledProcessError(told.returncode, told.args)
 
 
 def _marked(target: str, cycles: list[Callable[[], Any]]) -> None:
@@ -74,20 +89,30 @@ def _repeat(cycles: list[Callable[[], Any]], rounds: int) -> None:
 # -- what callgrind says of it ---------------------------------------------------------
 
 
-def measure() -> dict[str, Figures]:
-    """Instructions a cycle, bare and in our ways, of all targets."""
+def measure(seed: str = SEEDS[0]) -> dict[str, Figures]:
+    """Instructions a cycle, bare and in our ways, of all targets: the median of several layouts."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out")
-        _valgrind(out)
+        _valgrind(out, seed)
         # A dump at each mark: what was before the first cycles, these, twice as many; and again.
-        dumps = iter([_total(Path(f"{out}.{number + 1}")) for number in range(DUMPS * len(POOLS))])
-    figures = [(target, _figures(target, [next(dumps) for _ in range(DUMPS)])) for target in POOLS]
-    return {f"{target}, {way}": told for target, ways in figures for way, told in ways.items()}
+        totals = [_total(Path(f"{out}.{number + 1}")) for number in range(DUMPS * len(POOLS) * LAYOUTS)]
+    taken = [after - before for before, after in zip(totals[1::3], totals[2::3], strict=True)]
+    turns = 1 + len(WAYS)
+    figures = {
+        target: _figures(target, [taken[turns * place + way :: turns * len(POOLS)] for way in range(turns)])
+        for place, target in enumerate(POOLS)
+    }
+    return {f"{target}, {way}": told for target, ways in figures.items() for way, told in ways.items()}
 
 
-def _figures(target: str, taken: list[int]) -> dict[str, Figures]:
-    cycles = CYCLES.get(target, MANY)
-    bare, *ours = ((taken[place + 1] - taken[place]) // cycles for place in range(1, DUMPS, 3))
+def typical(measured: list[dict[str, Figures]]) -> dict[str, Figures]:
+    """Of several seeds, for each target the figures in the middle."""
+    middle = len(measured) // 2
+    return {one: sorted((each[one] for each in measured), key=itemgetter("added"))[middle] for one in measured[0]}
+
+
+def _figures(target: str, taken: list[list[int]]) -> dict[str, Figures]:
+    bare, *ours = (round(median(one)) // CYCLES.get(target, MANY) for one in taken)
     name = POOLS[target].distribution
     return {
         way: {"bare": bare, "added": one - bare, "ratio": round(one / bare, 4), name: version(name)}
@@ -95,14 +120,14 @@ def _figures(target: str, taken: list[int]) -> dict[str, Figures]:
     }
 
 
-def _valgrind(out: Path) -> None:
+def _valgrind(out: Path, seed: str) -> None:
     """Same hashes, same addresses: the same instructions each time."""
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         raise Unavailable("valgrind is not installed")
-    options = ("-q", "--tool=callgrind", f"--callgrind-out-file={out}", f"--dump-before={MARK}")
-    environment = {**os.environ, "PYTHONHASHSEED": SEED, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [valgrind, *options, sys.executable, __file__, "--program"]
+    files = (f"--callgrind-out-file={out}", f"--dump-before={MARK}")
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [valgrind, "-q", "--tool=callgrind", "--instr-atstart=no", *files, sys.executable, __file__, "--program"]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=300)
 
 
@@ -153,6 +178,16 @@ def regressions(now: Mapping[str, Figures], then: Mapping[str, Figures]) -> Iter
             yield f"{target}: we add {growth(figures, before):.2f} times what is recorded; {figures}, was {before}"
 
 
+def confirmed(then: Mapping[str, Figures]) -> list[str]:
+    """The regressions, if there are some with each seed: what we add sways by a tenth with what lies where."""
+    told: list[str] = []
+    for seed in SEEDS:
+        told = list(regressions(measure(seed), then))
+        if not told:
+            break
+    return told
+
+
 def growth(now: Figures, then: Figures) -> float:
     added: float = now["added"] / then["added"]
     return min(added, added * then["bare"] / now["bare"])
@@ -166,7 +201,7 @@ def main() -> None:
     if chosen.program:
         program()
         return
-    now = measure()
+    now = typical([measure(seed) for seed in (SEEDS if chosen.update else SEEDS[0])])
     for target, figures in now.items():
         print(f"{target:20} {figures}")
     if chosen.update:

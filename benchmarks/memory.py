@@ -21,8 +21,9 @@ from otel_pools._doors import INSTRUMENTORS
 from otel_pools._outbox import Histograms
 
 WARM = 20
-# Blocks, of 1000 pools or more: less than one for five of them is none. It is not nothing, as the statistics count
-# times in bins, and each new bin stays.
+PARTS = 4
+# Blocks, of 250 pools or more: one for each of them would be more. It is not nothing, as the statistics count times
+# in bins, and each new bin stays; on a busy machine there are many.
 ONE = 200
 Scenario = Callable[[str, int], Any]  # from a target and a number of pools; what it returns is kept while we look
 _numbers = itertools.count()
@@ -125,13 +126,13 @@ def left(play: Scenario, target: str, number: int) -> int:
     """
     How many blocks of memory so many pools leave behind, watched and collected; a tracer would be too slow.
 
-    Of the two halves of them the one that leaves less: what is made once, for
+    Of the parts of them the one that leaves least: what is made once, for
     good, is not what a pool leaves.
     """
     sdk = Sdk()
     with watched(target, meter_provider=sdk.provider):
         play(target, WARM)
-        return min(_left(play, target, number // 2, sdk) for _ in range(2))
+        return min(_left(play, target, number // PARTS, sdk) for _ in range(PARTS))
 
 
 def _left(play: Scenario, target: str, number: int, sdk: Sdk) -> int:
@@ -153,7 +154,7 @@ def _settle(sdk: Sdk) -> None:
 
 
 def measure(pools: int, names: int) -> dict[str, Row]:
-    """Bytes a pool, ours alone and with the SDK's series of it; and blocks left after so many pools, together."""
+    """Bytes a pool, ours alone and with the SDK's series of it; and blocks left by a part of so many pools."""
     rows: dict[str, Row] = {}
     for name, play in KEEPING.items():
         rows[f"{name}: ours, bytes"] = {one: added(play, one, names) for one in POOLS}

@@ -6,16 +6,15 @@ import instructions
 import pytest
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_no_more_instructions_than_recorded():
     """On every target we add at most a tenth more than is recorded for this version of Python."""
     try:
-        then = instructions.recorded()
-        now = instructions.measure()
+        regressions = instructions.confirmed(instructions.recorded())
     except instructions.Unavailable as reason:
         pytest.skip(str(reason))
 
-    assert list(instructions.regressions(now, then)) == []
+    assert regressions == []
 
 
 def test_a_regression_would_be_told():
@@ -33,3 +32,31 @@ def test_a_regression_would_be_told():
     then |= {target: {"bare": 100_000, "added": 100} for target in "fg"}
 
     assert [told.partition(":")[0] for told in instructions.regressions(now, then)] == ["a", "g"]
+
+
+def test_the_middle_of_several_seeds_is_recorded():
+    """Of each target by itself, by what we add."""
+    measured = [{"a": {"added": 1}, "b": {"added": 9}}, {"a": {"added": 3}, "b": {"added": 7}}]
+
+    assert instructions.typical([*measured, {"a": {"added": 2}, "b": {"added": 8}}]) == {
+        "a": {"added": 2},
+        "b": {"added": 8},
+    }
+
+
+@pytest.mark.parametrize(
+    ("grown", "asked", "told"), [((), "0", []), (("0",), "01", []), (("0", "1", "2"), "012", ["a"])]
+)
+def test_a_regression_is_one_with_each_seed(monkeypatch, grown, asked, told):
+    """Other seeds are asked as long as one tells of a regression; if the last does, it is one."""
+    seeds = []
+
+    def measure(seed):
+        seeds.append(seed)
+        return {"a": {"bare": 1000, "added": 200 if seed in grown else 100}}
+
+    monkeypatch.setattr(instructions, "measure", measure)
+    found = instructions.confirmed({"a": {"bare": 1000, "added": 100}})
+
+    assert "".join(seeds) == asked
+    assert [one.partition(":")[0] for one in found] == told
