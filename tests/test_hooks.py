@@ -1082,7 +1082,7 @@ def test_a_creation_is_timed(lib, clock):
     assert lib.watch.ledger.outbox.creates == [4.0]
     assert (lib.watch.creating, list(lib.watch.connections())) == (set(), [record])
     assert lib.watch.opened == {id(record): 104.0}
-    assert (passage.path, passage.creating, passage.created, passage.failed) == ("new", False, False, None)
+    assert (passage.path, passage.creating, passage.created, passage.failed) == ("new", False, False, 0)
 
 
 @pytest.mark.parametrize(
@@ -1107,7 +1107,7 @@ def test_a_creation_that_fails_is_counted_if_something_was_opened(lib, clock, is
     assert asked in ([record], [])
     assert lib.watch.ledger.outbox.creates == [4.0] * counted
     assert (lib.watch.creating, list(lib.watch.connections())) == (set(), [another])
-    assert _watch.current_passage().failed is error
+    assert _watch.current_passage().failed == id(error)
 
 
 def test_a_new_connection_is_not_inherited(lib):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import inspect
@@ -10,14 +11,17 @@ import sys
 import typing
 import weakref
 from importlib import import_module
+from operator import attrgetter
 
 import apps
 import httpcore
 import pytest
 import redis
 import redis.asyncio
+import redis.asyncio.retry
 import sqlalchemy
 from apps import APPS
+from redis.backoff import NoBackoff
 from sqlalchemy.pool import NullPool, QueuePool, SingletonThreadPool, StaticPool
 
 import otel_pools
@@ -240,6 +244,81 @@ def test_what_is_let_go_is_gone(name, watch):
     watch(app.target)
 
     assert lives() == bare
+
+
+class Thing:
+    """What a function of the application has at hand."""
+
+
+async def open_redis(_):
+    retry = redis.asyncio.retry.Retry(NoBackoff(), 0)
+    await redis.asyncio.ConnectionPool(host="127.0.0.1", port=CLOSED, retry=retry).get_connection()
+
+
+async def open_http(_):
+    await httpcore.AsyncConnectionPool().request("GET", f"http://127.0.0.1:{CLOSED}/")
+
+
+async def open_sync_http(_):
+    httpcore.ConnectionPool().request("GET", f"http://127.0.0.1:{CLOSED}/")
+
+
+async def reopen_redis(pool):
+    """The same outside of a checkout, as who holds a connection does that was closed."""
+    connection = pool.get_connection()
+    connection.disconnect()
+    connection.port = CLOSED
+    connection.send_command("PING")
+
+
+async def reopen_async_redis(pool):
+    connection = await pool.get_connection()
+    await connection.disconnect()
+    connection.port = CLOSED
+    await connection.send_command("PING")
+
+
+CLOSED = 1  # a port at which nobody listens
+OPENS = {
+    open_redis: None,
+    open_http: None,
+    open_sync_http: None,
+    reopen_redis: (redis.ConnectionPool, redis.retry.Retry),
+    reopen_async_redis: (redis.asyncio.ConnectionPool, redis.asyncio.retry.Retry),
+}
+
+
+@pytest.mark.parametrize("open", OPENS, ids=attrgetter("__name__"))
+def test_what_an_error_has_seen_is_gone_with_it(open, watch, valkey):
+    """Of a connection that cannot be opened nothing stays: the error's frames live no longer than without us."""
+
+    async def attempt(pool):
+        thing = Thing()
+        try:  # not `pytest.raises`, which keeps what it has caught
+            await open(pool)
+        except (httpcore.ConnectError, redis.ConnectionError):
+            return weakref.ref(thing)
+
+    async def lives():
+        made = OPENS[open]
+        pool = None
+        if made is not None:
+            kind, retry = made
+            pool = kind(host="127.0.0.1", port=valkey.port, retry=retry(NoBackoff(), 0))
+        gc.disable()
+        try:
+            ref = await attempt(pool)
+            at_once = ref() is None
+            gc.collect()
+            return at_once, ref() is None
+        finally:
+            gc.enable()
+
+    bare = asyncio.run(lives())
+    watch()
+
+    assert bare[1]
+    assert asyncio.run(lives()) == bare
 
 
 # -- pools of an application's own -----------------------------------------------------------------

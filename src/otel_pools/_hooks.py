@@ -617,7 +617,7 @@ def _creating(watch: Watch, record: Any, opened: Callable[[Any], bool]) -> Calla
             created, passage.creating, passage.created = passage.created, 0, False
             watch.creating.discard(id(record))
             if error is not None:
-                passage.failed = error
+                passage.failed = id(error)
                 # Whatever is left of it is not idle: it never was in the pool.
                 watch.unmeet(record)
             else:

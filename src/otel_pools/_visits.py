@@ -34,7 +34,7 @@ class Visit:
     waited = 0.0
     connecting = 0.0
     connection: Any = None
-    refused: BaseException | None = None
+    refused = 0  # the id of the error of opening its connection
     context: Any = None
     since = 0.0
     ticket: tuple[list[float], float] | None = None  # where it waits, if it does
@@ -113,7 +113,7 @@ class Visit:
 
     def could_not_open(self, error: BaseException) -> None:
         """It tried to open its connection."""
-        self.refused = error
+        self.refused = id(error)
         if self.path == IDLE:
             self.path = words.NEW
 
@@ -143,7 +143,7 @@ class Visit:
     def failed(self, error: BaseException, established: Pick, refusal: Refusal) -> None:
         """It got no answer; perhaps not even a connection."""
         connection = self.connection
-        if connection is not None and self.refused is None and established(connection):
+        if connection is not None and not self.refused and established(connection):
             self.answered()
         else:
             self._refuse(error, refusal)

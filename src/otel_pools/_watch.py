@@ -51,7 +51,8 @@ class Passage:
         self.since = clock()
         self.creating = 0  # the id of what is being opened
         self.created = False
-        self.failed: BaseException | None = None
+        # The id of the error of opening it: the error has its frames, and would keep alive whatever is in them.
+        self.failed = 0
 
     def __repr__(self) -> str:
         return f"<Passage {self.path}{', creating' if self.creating else ''}>"
@@ -355,7 +356,7 @@ class Watch(_Way):
             if type(error).__qualname__ in ABANDONED:
                 self.noted(seconds, _path(passage), words.CANCELLED, None)
             else:
-                refused = None if passage is None else passage.failed
+                refused = 0 if passage is None else passage.failed
                 self.refused(seconds, _path(passage), kind(error, refused, refusal))
 
     def refused(self, seconds: float, path: str, error: str) -> None:
@@ -449,7 +450,8 @@ class Watch(_Way):
                 self.has_opened(connection)
             if is_open or passage.created:
                 self.created(start)
-            passage.creating, passage.created, passage.failed = 0, False, error
+            passage.creating, passage.created = 0, False
+            passage.failed = 0 if error is None else id(error)
 
         return ended
 
@@ -530,11 +532,11 @@ def _path(passage: Passage | None) -> str:
     return words.IDLE if passage is None else passage.path
 
 
-def kind(error: BaseException, failed: BaseException | None, refusal: Refusal) -> str:
-    """One low-cardinality word for what went wrong; *failed* is the error of opening a connection, if there was one."""
+def kind(error: BaseException, failed: int, refusal: Refusal) -> str:
+    """One low-cardinality word for what went wrong; *failed* is the id of the error of opening a connection, or 0."""
     name = type(error).__qualname__
     if name in {"CancelledError", "Cancelled"}:  # asyncio's, trio's
         return words.CANCELLED
-    if failed is error:
+    if failed == id(error):
         return words.CONNECT_ERROR
     return refusal(error) or name
