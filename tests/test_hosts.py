@@ -314,7 +314,7 @@ def test_what_an_error_has_seen_is_gone_with_it(open, watch, valkey):
         finally:
             gc.enable()
 
-    bare = asyncio.run(lives())  # asyncio of 3.12 itself keeps what it could not connect
+    bare = asyncio.run(lives())  # asyncio itself keeps what it could not connect, from 3.12 on
     watch()
 
     assert asyncio.run(lives()) == bare
