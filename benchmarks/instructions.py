@@ -21,8 +21,8 @@ from typing import Any
 from stubs import POOLS
 
 RECORD = Path(__file__).parents[1] / "tests/bench/instructions.json"
-MOST = 1.10  # times what is recorded; other seeds of the hashes make up to 3 % of it, in either direction
-# Of a bare cycle: it differs so much from one folder to another, which is a third of what httpcore is added.
+MOST = 1.10  # times what is recorded; other seeds of the hashes make up to a tenth of it, in either direction
+# Of a bare cycle: it differs so much from one folder to another, which is a quarter of what httpcore is added.
 SWAY = 0.003
 ALIKE = 8  # pools
 # Each `instrument()` gives the types new versions, which in CPython's cache of methods collide with others, or do not.
@@ -31,7 +31,7 @@ MANY, CYCLES = 200, {"httpx": 40}  # of one measure; some are longer
 MARK = "getloadavg"  # a function of libc that nothing here calls but us
 SEEDS = "012"  # of the hashes, and so of where in memory everything is
 WAYS: dict[str, dict[str, bool]] = {"ours": {"holders": False}, "all on": {}}
-DUMPS = 3 * (1 + len(WAYS))  # of one target
+TURNS = 1 + len(WAYS)  # of one target and layout: bare, and each way
 Figures = dict[str, Any]  # of one target and way: instructions a cycle, their ratio, and of which version
 
 
@@ -47,7 +47,7 @@ def program() -> None:
     import otel_pools
 
     for make in POOLS.values():
-        make().cycle()
+        make().cycle()  # the libraries are imported by it
     gc.disable()
     _count()
     for target, make in [*POOLS.items()] * LAYOUTS:
@@ -89,17 +89,16 @@ def _repeat(cycles: list[Callable[[], Any]], rounds: int) -> None:
 # -- what callgrind says of it ---------------------------------------------------------
 
 
-def measure(seed: str = SEEDS[0]) -> dict[str, Figures]:
+def measure(seed: str) -> dict[str, Figures]:
     """Instructions a cycle, bare and in our ways, of all targets: the median of several layouts."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out")
         _valgrind(out, seed)
         # A dump at each mark: what was before the first cycles, these, twice as many; and again.
-        totals = [_total(Path(f"{out}.{number + 1}")) for number in range(DUMPS * len(POOLS) * LAYOUTS)]
+        totals = [_total(Path(f"{out}.{number + 1}")) for number in range(3 * TURNS * len(POOLS) * LAYOUTS)]
     taken = [after - before for before, after in zip(totals[1::3], totals[2::3], strict=True)]
-    turns = 1 + len(WAYS)
     figures = {
-        target: _figures(target, [taken[turns * place + way :: turns * len(POOLS)] for way in range(turns)])
+        target: _figures(target, [taken[TURNS * place + way :: TURNS * len(POOLS)] for way in range(TURNS)])
         for place, target in enumerate(POOLS)
     }
     return {f"{target}, {way}": told for target, ways in figures.items() for way, told in ways.items()}
@@ -201,7 +200,7 @@ def main() -> None:
     if chosen.program:
         program()
         return
-    now = typical([measure(seed) for seed in (SEEDS if chosen.update else SEEDS[0])])
+    now = typical([measure(seed) for seed in SEEDS])
     for target, figures in now.items():
         print(f"{target:20} {figures}")
     if chosen.update:

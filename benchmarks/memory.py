@@ -166,7 +166,8 @@ def measure(pools: int, names: int) -> dict[str, Row]:
 
 def table(told: Mapping[str, Any]) -> list[str]:
     """As lines of less than 100 columns."""
-    lines = [f"Memory that we add: bytes a pool ({told['names']} pools), and blocks left after {told['pools']} pools"]
+    gone = told["pools"] // PARTS
+    lines = [f"Memory that we add: bytes a pool ({told['names']} pools), and blocks left after {gone} pools"]
     lines.append(f"{'':34}" + "".join(f"{target:>14}" for target in POOLS))
     for name, row in told["rows"].items():
         lines.append(f"{name:34}" + "".join(f"{row[target]:14.0f}" for target in POOLS))

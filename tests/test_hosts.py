@@ -11,7 +11,6 @@ import sys
 import typing
 import weakref
 from importlib import import_module
-from operator import attrgetter
 
 import apps
 import httpcore
@@ -250,9 +249,13 @@ class Thing:
     """What a function of the application has at hand."""
 
 
+def opened_once(library, port):
+    """A pool of redis-py that does not try again."""
+    return library.ConnectionPool(host="127.0.0.1", port=port, retry=library.retry.Retry(NoBackoff(), 0))
+
+
 async def open_redis(_):
-    retry = redis.asyncio.retry.Retry(NoBackoff(), 0)
-    await redis.asyncio.ConnectionPool(host="127.0.0.1", port=CLOSED, retry=retry).get_connection()
+    await opened_once(redis.asyncio, CLOSED).get_connection()
 
 
 async def open_http(_):
@@ -263,51 +266,39 @@ async def open_sync_http(_):
     httpcore.ConnectionPool().request("GET", f"http://127.0.0.1:{CLOSED}/")
 
 
-async def reopen_redis(pool):
+async def reopen_redis(port):
     """The same outside of a checkout, as who holds a connection does that was closed."""
-    connection = pool.get_connection()
+    connection = opened_once(redis, port).get_connection()
     connection.disconnect()
     connection.port = CLOSED
     connection.send_command("PING")
 
 
-async def reopen_async_redis(pool):
-    connection = await pool.get_connection()
+async def reopen_async_redis(port):
+    connection = await opened_once(redis.asyncio, port).get_connection()
     await connection.disconnect()
     connection.port = CLOSED
     await connection.send_command("PING")
 
 
 CLOSED = 1  # a port at which nobody listens
-OPENS = {
-    open_redis: None,
-    open_http: None,
-    open_sync_http: None,
-    reopen_redis: (redis.ConnectionPool, redis.retry.Retry),
-    reopen_async_redis: (redis.asyncio.ConnectionPool, redis.asyncio.retry.Retry),
-}
 
 
-@pytest.mark.parametrize("open", OPENS, ids=attrgetter("__name__"))
+@pytest.mark.parametrize("open", [open_redis, open_http, open_sync_http, reopen_redis, reopen_async_redis])
 def test_what_an_error_has_seen_is_gone_with_it(open, watch, valkey):
     """Of a connection that cannot be opened nothing stays: the error's frames live no longer than without us."""
 
-    async def attempt(pool):
+    async def attempt():
         thing = Thing()
         try:  # not `pytest.raises`, which keeps what it has caught
-            await open(pool)
+            await open(valkey.port)
         except (httpcore.ConnectError, redis.ConnectionError):
             return weakref.ref(thing)
 
     async def lives():
-        made = OPENS[open]
-        pool = None
-        if made is not None:
-            kind, retry = made
-            pool = kind(host="127.0.0.1", port=valkey.port, retry=retry(NoBackoff(), 0))
         gc.disable()
         try:
-            ref = await attempt(pool)
+            ref = await attempt()
             at_once = ref() is None
             gc.collect()
             return at_once, ref() is None
