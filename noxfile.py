@@ -46,7 +46,8 @@ ONLY = {
 EXTRAS = {"sqlalchemy": "sqlalchemy[asyncio]", "httpx": "httpx[http2]", "httpx2": "httpx2[http2]"}
 NEWEST = list(TESTS)
 # Where we touch the API, the SDK or the loader.
-OPENTELEMETRY = [f"tests/test_{room}.py" for room in ("instruments", "merge", "merge_equal", "doors", "spans", "watch")]
+OPENTELEMETRY = [f"tests/test_{room}.py" for room in ("instruments", "merge", "merge_equal", "merge_values", "doors")]
+OPENTELEMETRY += ["tests/test_spans.py", "tests/test_watch.py"]
 
 # What does not depend on the Python: whole programs, real Prometheus, documents.
 ONCE = (

@@ -16,6 +16,7 @@ TARGETS = [room for room in ROOMS if room.startswith("targets/")]
 # What a target library is called when it is imported.
 LIBRARIES = {"sqlalchemy", "redis", "valkey", "httpx", "httpcore", "httpx2", "httpcore2", "qdrant_client", "grpc"}
 MAY_KNOW_OPENTELEMETRY = {
+    "_merge.py",
     "_instruments.py",
     "_spans.py",
     "_holders.py",

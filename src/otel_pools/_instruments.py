@@ -12,7 +12,7 @@ from opentelemetry.trace import INVALID_SPAN, set_span_in_context
 
 from . import _guard
 from . import _vocabulary as words
-from ._merge import Histogram
+from ._merge import Histogram, Shelf, Shelves
 from ._model import Identity, Reading
 from ._outbox import Histograms
 from ._registry import Registry
@@ -27,6 +27,8 @@ NOBODY = set_span_in_context(INVALID_SPAN, Context())
 Callback = Callable[[CallbackOptions], Iterable[Observation]]
 # By the attribute that holds the name of a pool: what every series of it carries.
 Whose = Mapping[str, Mapping[str, str | int]]
+# Of the pools of one name: whose it is, where its values go, what it says, and what of that is not to be told.
+Told = tuple[Whose, Shelf, Reading, Collection[str]]
 
 
 class Instruments:
@@ -48,12 +50,17 @@ class Instruments:
 
     def __init__(self, meter: Meter) -> None:
         self.registries: dict[str, Registry] = {}  # by target
-        self._readings: list[tuple[Whose, Reading, Collection[str]]] = []  # and what is not to be told
+        self._readings: list[Told] = []
+        self._shelves = Shelves()
+        self._observed: dict[str, Any] = {}  # by name, the instruments that have a callback
         self._histograms = {row.name: _histogram(meter, row) for row in METRICS if row.points is None}
         collect: Callable[[], None] = self._collect
         for row in METRICS:
             if row.points is not None:
-                _create(meter, row)(row.name, [self._observe(row, collect)], unit=row.unit, description=row.description)
+                callbacks = [self._observe(row, collect)]
+                self._observed[row.name] = _create(meter, row)(
+                    row.name, callbacks, unit=row.unit, description=row.description
+                )
                 collect = _nothing
 
     def __repr__(self) -> str:
@@ -63,6 +70,7 @@ class Instruments:
         """Deliver first, so that the counters and the histograms of one export agree."""
         _guard.speak()
         self._readings = []
+        self._shelves.begin(next(iter(self._observed.values()), None))  # none yet, if a reader is very quick
         for registry in list(self.registries.values()):
             for ledger in list(registry.ledgers.values()):
                 with _guard.guard("delivery"):
@@ -70,7 +78,7 @@ class Instruments:
             with _guard.guard("readings"):
                 # Asked again: taking the readings may meet a pool, whose name had nothing to deliver.
                 self._readings += [
-                    (_whose(ledger.identity), reading, _withheld(registry, ledger))
+                    (_whose(ledger.identity), self._shelves.of(ledger), reading, _withheld(registry, ledger))
                     for ledger, reading in registry.readings()
                 ]
 
@@ -87,15 +95,21 @@ class Instruments:
             detach(token)
 
     def _observe(self, row: Metric, collect: Callable[[], None]) -> Callback:
-        name, pool_key = row.name, row.pool_key
+        name, pool_key, points = row.name, row.pool_key, row.points
+        assert points is not None
 
         def observe(_: CallbackOptions) -> Iterable[Observation]:
             observations: list[Observation] = []
             with _guard.guard(name):
                 collect()
-                for whose, reading, withheld in self._readings:
+                for whose, shelf, reading, withheld in self._readings:
                     if name not in withheld:
-                        observations += _observations(row, whose[pool_key], reading)
+                        for value, extra in points(reading):
+                            if value is None or shelf.put(value, key := (name, *extra.items())):
+                                continue
+                            attributes = {**whose[pool_key], **extra}
+                            if not (shelf.find(key, self._observed[name], attributes) and shelf.put(value, key)):
+                                observations.append(Observation(value, attributes, NOBODY))
             return observations
 
         return observe
@@ -112,13 +126,6 @@ def _withheld(registry: Registry, ledger: Ledger) -> Collection[str]:
 def _whose(identity: Identity) -> Whose:
     """Once for all metrics of a collection: made for each point this would be a third of what a point takes us."""
     return {key: words.attributes(identity, key) for key in words.POOL_KEYS}
-
-
-def _observations(row: Metric, whose: Mapping[str, str | int], reading: Reading) -> Iterable[Observation]:
-    assert row.points is not None
-    for value, extra in row.points(reading):
-        if value is not None:
-            yield Observation(value, {**whose, **extra}, NOBODY)
 
 
 def _create(meter: Meter, row: Metric) -> Callable[..., Any]:

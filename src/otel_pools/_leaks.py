@@ -39,10 +39,11 @@ def look(ledger: Ledger, patience: float, purpose: Purpose, now: float) -> int:
 
 def _newly(ledger: Ledger, patience: float, purpose: Purpose, now: float) -> list[Lease]:
     """Those that have become overdue; those that are no more are forgotten."""
+    since = now - patience
     out = {
         key: lease
         for key, lease in list(ledger.leases.items())
-        if now - lease[0] > patience and purpose(Loan(*lease)) not in words.ON_PURPOSE
+        if lease[0] < since and purpose(Loan(*lease)) not in words.ON_PURPOSE
     }
     found = [lease for key, lease in out.items() if ledger.overdue.get(key) is not lease]
     ledger.overdue.clear()

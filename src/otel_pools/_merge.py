@@ -1,21 +1,32 @@
-"""Many samples into one SDK histogram at once: the only room that touches the SDK's private aggregations."""
+"""Samples and values straight into the SDK's private aggregations: the only room that touches those."""
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import isfinite
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+from opentelemetry.metrics import CallbackOptions, Observation
+
 # Below this, finding the aggregations costs more than recording.
 FEW = 4
 # For the SDK's own bounds: on, between and beyond them. Whole quarters, so that a sum is the same in any order.
 PROOF = ((7.0, 0.0, 5.0, 0.25, 20000.0, 5.0), (10.0, 25.0, 6.5, 3.0))
+# Of series, one collection after the other: the same and another value, none, two of one series, one that is new.
+VALUES: Sequence[Mapping[str, Sequence[float]]] = (
+    {"a": [3]},
+    {"a": [3], "b": [1.5]},
+    {"a": [5], "b": [2]},
+    {"b": [4]},
+    {"a": [6], "b": [7, 7], "c": [0]},
+)
 
-_proven: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_proven: WeakKeyDictionary[Any, dict[type, bool]] = WeakKeyDictionary()
 
 
 class Histogram(Protocol):
@@ -35,7 +46,7 @@ def record_all(histogram: Histogram, samples: Sequence[float], attributes: Mappi
     """
     rest = samples
     real = getattr(histogram, "_real_instrument", histogram)  # before an SDK was set up, the API gave a stand-in
-    if len(samples) >= FEW and _may_merge(real):
+    if len(samples) >= FEW and _may_merge(real, _prove):
         histogram.record(samples[0], attributes)
         rest = samples[1:]
         if _merge(real, rest, attributes):
@@ -44,15 +55,16 @@ def record_all(histogram: Histogram, samples: Sequence[float], attributes: Mappi
         histogram.record(seconds, attributes)
 
 
-def _may_merge(real: Any) -> bool:
+def _may_merge(real: Any, prove: Callable[[Any], bool]) -> bool:
     """Whether this is the SDK as we know it, and nobody wants to be offered each sample."""
     try:
         consumer = real._measurement_consumer
         if _wants_each(consumer._sdk_config.exemplar_filter):
             return False
-        if consumer not in _proven:
-            _proven[consumer] = _prove(real)
-        return _proven[consumer]
+        proven, kind = _proven.setdefault(consumer, {}), type(real)
+        if kind not in proven:
+            proven[kind] = _is_proven(real, prove)
+        return proven[kind]
     except Exception:
         return False
 
@@ -70,22 +82,26 @@ def _named(thing: object, name: str) -> bool:
     return kind.__name__ == name and kind.__module__.startswith("opentelemetry.sdk.metrics.")
 
 
-def _prove(real: Any) -> bool:
-    """Whether merging does what recording does: tried once for each provider, on twins that nobody collects."""
+def _is_proven(real: Any, prove: Callable[[Any], bool]) -> bool:
     try:
-        one_by_one, at_once = _twin(real), _twin(real)
-        return all(_is_same(one_by_one, at_once, samples) for samples in PROOF)
+        return prove(real)
     except Exception:  # whatever an SDK that we do not know may raise
         return False
 
 
-def _twin(real: Any) -> Any:
+def _prove(real: Any) -> bool:
+    """Whether merging does what recording does: tried once for each provider, on twins that nobody collects."""
+    one_by_one, at_once = _twin(real), _twin(real)
+    return all(_is_same(one_by_one, at_once, samples) for samples in PROOF)
+
+
+def _twin(real: Any, *callbacks: Any) -> Any:
     """An instrument of the same classes and for the same readers, with storage of its own."""
     consumer = real._measurement_consumer
     config = replace(consumer._sdk_config, views=())
     # The readers left the configuration in 1.43.
     readers = () if hasattr(config, "metric_readers") else (list(consumer._reader_storages),)
-    return type(real)(real.name, real.instrumentation_scope, type(consumer)(config, *readers))
+    return type(real)(real.name, real.instrumentation_scope, type(consumer)(config, *readers), *callbacks)
 
 
 def _is_same(one_by_one: Any, at_once: Any, samples: Sequence[float]) -> bool:
@@ -97,11 +113,16 @@ def _is_same(one_by_one: Any, at_once: Any, samples: Sequence[float]) -> bool:
 
 
 def _exported(twin: Any) -> list[Any]:
-    """What each reader would export, but for the times: with whatever fields an SDK may have added."""
+    """What each reader would export."""
+    storages = twin._measurement_consumer._reader_storages.values()
+    return [_points(storage.collect()) for storage in storages]
+
+
+def _points(data: Any) -> list[Any]:
+    """All points but for their times: with whatever fields an SDK may have added."""
     return [
         replace(point, start_time_unix_nano=0, time_unix_nano=0)
-        for storage in twin._measurement_consumer._reader_storages.values()
-        for resource in storage.collect().resource_metrics
+        for resource in getattr(data, "resource_metrics", ())
         for scope in resource.scope_metrics
         for metric in scope.metrics
         for point in metric.data.data_points
@@ -134,17 +155,30 @@ def _aggregations(real: Any, attributes: Mapping[str, str | int]) -> list[Any] |
 
 
 def _of(match: Any, attributes: Mapping[str, str | int]) -> Any:
-    keys = match._view._attribute_keys
-    wanted = {key: value for key, value in attributes.items() if keys is None or key in keys}
-    for aggregation in match._attributes_aggregation.values():
-        if aggregation._attributes == wanted and _is_known(aggregation):
-            return aggregation
+    aggregation = _aggregation(match, attributes)
+    # Empty, though we have just recorded: of a meter that is switched off, or collected meanwhile.
+    if _named(aggregation, "_ExplicitBucketHistogramAggregation") and aggregation._value is not None:
+        return aggregation
     raise LookupError(match)
 
 
-def _is_known(aggregation: Any) -> bool:
-    # Empty, though we have just recorded: of a meter that is switched off, or collected meanwhile.
-    return _named(aggregation, "_ExplicitBucketHistogramAggregation") and aggregation._value is not None
+def _aggregation(match: Any, attributes: Mapping[str, str | int]) -> Any:
+    """What there is for these attributes, of those that the view leaves."""
+    keys = match._view._attribute_keys
+    wanted = {key: value for key, value in attributes.items() if keys is None or key in keys}
+    aggregation = match._attributes_aggregation[_key(match)(wanted)]
+    if aggregation._attributes == wanted:
+        return aggregation
+    raise LookupError(match)
+
+
+def _key(match: Any) -> Callable[[Mapping[str, str | int]], Any]:
+    """How the SDK finds what belongs to attributes: by a function since 1.45."""
+    try:
+        known: Callable[[Mapping[str, str | int]], Any] = sys.modules[type(match).__module__]._hash_attributes
+    except AttributeError:
+        return lambda attributes: frozenset(attributes.items())
+    return known
 
 
 def _add(aggregation: Any, samples: Sequence[float], total: float) -> None:
@@ -163,3 +197,125 @@ def _counted(samples: Sequence[float], boundaries: Iterable[float]) -> list[int]
     """How many fall into each bucket; an upper bound belongs to its bucket."""
     below = [0, *(bisect_right(samples, bound) for bound in boundaries), len(samples)]
     return [upper - lower for lower, upper in pairwise(below)]
+
+
+# -- values of series ------------------------------------------------------------------
+
+Key = tuple[Any, ...]  # by which a pool knows one of its series
+
+
+class Amount:
+    """As much of the SDK's measurement as an aggregation asks for that wants no exemplar."""
+
+    __slots__ = ("value",)
+    value: float
+
+    def __repr__(self) -> str:
+        return f"<Amount {getattr(self, 'value', None)}>"
+
+
+class Shelf:
+    """
+    Where the SDK keeps the values of one pool's series, to be put there without a measurement of each.
+
+    By the public API a measurement is made, cleaned, hashed and looked up at
+    each collection, for the same series as the last time: two thirds of what
+    a collection takes with SDK 1.45.
+    """
+
+    __slots__ = ("_amount", "_known", "_storage")
+
+    def __init__(self, storage: Any, amount: Amount) -> None:
+        self._storage = storage  # of the one reader there is; None if there is none that we know
+        self._amount = amount  # one for all series, as each is put and forgotten
+        self._known: dict[Key, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"<Shelf [{len(self._known)} series]>"
+
+    def put(self, value: float, key: Key) -> bool:
+        """Have the same effect as an observation of *value*, if it is known where that goes."""
+        aggregation = self._known.get(key)
+        if aggregation is None or not isfinite(value):  # what becomes of such a value is the SDK's decision
+            return False
+        self._amount.value = value
+        aggregation.aggregate(self._amount, False)
+        return True
+
+    def find(self, key: Key, instrument: Any, attributes: Mapping[str, str | int]) -> bool:
+        """Whether it is known now where the values of this series go: there is such a place if it was ever observed."""
+        real = getattr(instrument, "_real_instrument", instrument)
+        return self._storage is not None and _may_merge(real, _prove_shelf) and self.learn(key, real, attributes)
+
+    def learn(self, key: Key, real: Any, attributes: Mapping[str, str | int]) -> bool:
+        """The same of an SDK that has been proven, or is to be."""
+        try:
+            # Of several views each has its own.
+            (match,) = self._storage._instrument_view_instrument_matches[real]
+            aggregation = _aggregation(match, attributes)
+        except (AttributeError, LookupError, ValueError):
+            return False
+        if any(_named(aggregation, kind) for kind in NUMBERS):
+            self._known[key] = aggregation
+        return key in self._known
+
+
+NUMBERS = ("_SumAggregation", "_LastValueAggregation", "_DropAggregation")
+
+
+class Shelves:
+    """The shelf of each pool at one provider; empty ones if it has several readers, as a callback is not told whose."""
+
+    def __init__(self) -> None:
+        self._storage: Any = None
+        self._amount = Amount()
+        self._shelves: WeakKeyDictionary[Any, Shelf] = WeakKeyDictionary()
+
+    def __repr__(self) -> str:
+        return f"<Shelves [{len(self._shelves)} pools]>"
+
+    def begin(self, instrument: Any) -> None:
+        """A collection begins, by the same reader as the last or by another."""
+        storage = _only_storage(instrument)
+        if storage is not self._storage:
+            self._storage, self._shelves = storage, WeakKeyDictionary()
+
+    def of(self, whose: Any) -> Shelf:
+        """That of this pool's series, for as long as it lives."""
+        shelf = self._shelves.get(whose)
+        if shelf is None:
+            shelf = self._shelves[whose] = Shelf(self._storage, self._amount)
+        return shelf
+
+
+def _only_storage(instrument: Any) -> Any:
+    try:
+        consumer = getattr(instrument, "_real_instrument", instrument)._measurement_consumer
+        (storage,) = consumer._reader_storages.values()
+        return None if _wants_each(consumer._sdk_config.exemplar_filter) else storage
+    except (AttributeError, ValueError):
+        return None
+
+
+def _prove_shelf(real: Any) -> bool:
+    """Whether what is put on a shelf is exported as what is observed."""
+    return _told(real, shelved=True) == _told(real, shelved=False)
+
+
+def _told(real: Any, *, shelved: bool) -> list[list[Any]]:
+    """What a twin exports of some values, one collection after the other."""
+    remaining = iter(VALUES)
+
+    def observe(_: CallbackOptions) -> Iterable[Observation]:
+        for series, values in next(remaining).items():
+            key, attributes = (series,), {"proof": series}
+            for value in values:
+                if not (shelved and shelf.learn(key, twin, attributes) and shelf.put(value, key)):
+                    yield Observation(value, attributes)
+
+    twin = _twin(real, [observe])
+    consumer = twin._measurement_consumer
+    ((reader, storage),) = consumer._reader_storages.items()
+    shelf = Shelf(storage, Amount())
+    consumer.register_asynchronous_instrument(twin)
+    return [_points(consumer.collect(reader)) for _ in VALUES]

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import reduce
-from operator import add
+from operator import add, itemgetter
 from typing import TYPE_CHECKING, Any
 
 from . import _leaks
@@ -189,7 +189,7 @@ class Registry:
             peak=peak(period, used) if snapshot.streams is None else None,
             # list() copies in one step: other threads go on writing.
             oldest_wait=age(list(ledger.waiting), now),
-            oldest_use=age((lease[0] for lease in list(ledger.leases.values())), now),
+            oldest_use=age(map(itemgetter(0), list(ledger.leases.values())), now),
             unreadable=sum(map(is_dark, watches, snapshots)),
         )
 

@@ -121,7 +121,7 @@ class Ledger:
     happen outside a collection.
     """
 
-    __slots__ = ("_origins", "identity", "leases", "looking", "outbox", "overdue", "peak", "waiting")
+    __slots__ = ("__weakref__", "_origins", "identity", "leases", "looking", "outbox", "overdue", "peak", "waiting")
 
     def __init__(self, identity: Identity) -> None:
         self.identity = identity
@@ -153,7 +153,7 @@ class Ledger:
 
 def age(since: Iterable[float], now: float) -> float:
     """How long ago the earliest of these moments was, in seconds; 0 if there is none."""
-    return max((now - moment for moment in since), default=0.0)
+    return now - min(since, default=now)
 
 
 class _Way:

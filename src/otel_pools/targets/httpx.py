@@ -178,12 +178,15 @@ def _streams(pool: Any, open: Iterable[tuple[Any, Any]], served: Counter[int]) -
 
 
 def _by_origin(open: Iterable[Any], idle: set[int], requests: Iterable[Any]) -> dict[Origin, Load]:
-    busy, resting, under_way = Counter[Origin](), Counter[Origin](), Counter[Origin]()
-    for connection in open:
-        (resting if id(connection) in idle else busy)[_where(connection)] += 1
-    for one in requests:
-        if one.connection is not None:
-            under_way[_origin(one.request.url.origin)] += 1
+    places = {id(connection): _where(connection) for connection in open}
+    busy = Counter(place for key, place in places.items() if key not in idle)
+    resting = Counter(place for key, place in places.items() if key in idle)
+    # To ask a request for its origin takes longer than to find that of its connection.
+    under_way = Counter(
+        places.get(id(one.connection)) or _origin(one.request.url.origin)
+        for one in requests
+        if one.connection is not None
+    )
     return {origin: Load(busy[origin], resting[origin], under_way[origin]) for origin in {*busy, *resting, *under_way}}
 
 
