@@ -20,6 +20,7 @@ SHORT = {
     "cycle": ("--rounds=5", "--cycles=1000"),
     "redis_cycle": ("--rounds=5", "--cycles=1000"),
     "httpx_cycle": ("--rounds=3", "--cycles=800"),
+    "floor": ("--rounds=3", "--cycles=2000"),
     "cpu": ("--rounds=3", "--cycles=4000"),
     "tail": ("--rounds=4", "--cycles=60000"),
     "collection": ("--rounds=3",),
