@@ -219,10 +219,19 @@ def test_a_reader_may_come_and_go():
     assert [point.value for *_, point in way.points] == [1, 1, 1, 2, 2, 2, 0, 3, 0, 0, 0]
 
 
+class Another:
+    """Of an SDK that has our names for something else."""
+
+    def __init__(self, storages):
+        self._measurement_consumer = self
+        self._reader_storages = storages
+
+
 def test_nothing_without_an_sdk():
     """An instrument of the API alone, or of another SDK, has no shelf, and nothing breaks."""
     shelves = _merge.Shelves()
-    for foreign in (object(), None, _ProxyMeterProvider().get_meter("m").create_observable_gauge("o")):
+    no_op = _ProxyMeterProvider().get_meter("m").create_observable_gauge("o")
+    for foreign in (object(), None, no_op, Another(None), Another({}), Another({1: 2}), Another([3])):
         shelves.begin(foreign)
         assert not shelves.of(shelves).find(("a",), foreign, {})
         assert not shelves.of(shelves).put(1, ("a",))

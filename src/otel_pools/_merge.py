@@ -253,7 +253,7 @@ class Shelf:
             # Of several views each has its own.
             (match,) = self._storage._instrument_view_instrument_matches[real]
             aggregation = _aggregation(match, attributes)
-        except (AttributeError, LookupError, ValueError):
+        except Exception:
             return False
         if any(_named(aggregation, kind) for kind in NUMBERS):
             self._known[key] = aggregation
@@ -293,7 +293,7 @@ def _only_storage(instrument: Any) -> Any:
         consumer = getattr(instrument, "_real_instrument", instrument)._measurement_consumer
         (storage,) = consumer._reader_storages.values()
         return None if _wants_each(consumer._sdk_config.exemplar_filter) else storage
-    except (AttributeError, ValueError):
+    except Exception:  # of an SDK that we do not know
         return None
 
 
