@@ -63,7 +63,7 @@ ONCE = (
 # What the main and the newest Python are enough for: CI has an hour.
 TWICE = (
     *("tests/bench/test_memory.py", "tests/targets/test_qdrant.py"),
-    *(f"tests/test_{room}.py" for room in ("endings", "interleavings", "live", "worlds")),
+    *(f"tests/test_{room}.py" for room in ("endings", "interleavings", "live", "merge_values", "worlds")),
 )
 # Of the tests, by Python; all others leave out both.
 LEFT_OUT = {PYTHONS[-1]: ONCE, MAIN: ()}
