@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-MINUTES = float(os.environ.get("OTEL_POOLS_SOAK_MINUTES", "2.5"))
+MINUTES = float(os.environ.get("OTEL_POOLS_SOAK_MINUTES", "1.5"))
 # The servers and programs have to start, and the last round has to end; on a machine that is busy.
 SECONDS = MINUTES * 60 + 240
 NEEDED = ("psycopg", "asyncpg", "redis", "httpx", "httpx2", "h2", "qdrant_client", "grpc", "hypercorn", "psutil")
