@@ -384,7 +384,8 @@ def test_a_reader_may_be_quicker_than_we_are(monkeypatch, caplog):
 
         monkeypatch.setattr(meter_type, create, at_once)
     otel_pools.instrument(meter_provider=provider)
-    QueuePool(Stub, logging_name="p").connect().close()
+    pool = QueuePool(Stub, logging_name="p")
+    pool.connect().close()
     (metrics,) = [
         [metric.name for metric in scope.metrics]
         for resource in reader.get_metrics_data().resource_metrics
