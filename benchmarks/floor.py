@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -13,12 +12,13 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from stubs import POOLS
-from turns import Row, compare, parser, repeated
+from turns import SLOWER, Row, compare, parser, repeated
+
+from otel_pools._hooks import resolve
 
 WAITS: list[float] = []
 USES: list[float] = []
 Wrap = Callable[["Place", Callable[..., Any]], Callable[..., Any]]
-SHORTER = {"httpx": 10}  # by how much fewer cycles are done with what takes longer
 
 
 class Place(NamedTuple):
@@ -112,9 +112,7 @@ def replaced(target: str, *wraps: Wrap) -> Iterator[None]:
     """Have its two methods replaced; redis-py's without its decorator for deprecated arguments, as ours are."""
     undo = []
     for place, wrap in zip(PLACES[target], wraps, strict=True):
-        module, _, path = place.where.partition(":")
-        kind, name = path.split(".")
-        owner = getattr(importlib.import_module(module), kind)
+        owner, name = resolve(place.where)
         original = vars(owner)[name]
         setattr(owner, name, wrap(place, getattr(original, "__wrapped__", original)))
         undo.append((owner, name, original))
@@ -137,7 +135,7 @@ def ways(target: str) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
 
 def measure(target: str, chosen: argparse.Namespace) -> Row:
     """Ratios, and the microseconds that each way adds."""
-    row = compare(target, repeated(POOLS[target]().cycle), chosen, ways(target), SHORTER.get(target, 1))
+    row = compare(target, repeated(POOLS[target]().cycle), chosen, ways(target), SLOWER.get(target, 1))
     added = {way: round((row[f"{way}/bare"] - 1) * row["bare_us"], 2) for way in ("calls", "two", "ours", "full")}
     return row | {f"{way}_added_us": more for way, more in added.items()}
 

@@ -15,12 +15,11 @@ from typing import Any
 from opentelemetry.metrics import Observation
 from sdk import Sdk
 from stubs import POOLS
-from turns import METRICS, Row, parser, ratio, watched
+from turns import METRICS, SLOWER, Row, parser, ratio, watched
 
 SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 WAYS = ("one", "ours", "full")
 EVERY = 0.1
-SLOWER = {"httpx": 10}  # by how much fewer cycles are done with what takes longer
 
 
 def sampled(cycle: Callable[[], Any], cycles: int) -> array[float]:

@@ -28,6 +28,7 @@ READER = InMemoryMetricReader()
 PROVIDER = MeterProvider([READER])
 TRACERS = TracerProvider()  # spans are recorded, and exported to nobody
 THREADS = 8
+SLOWER = {"httpx": 10}  # by how much fewer cycles are done with what takes longer
 METRICS = {"holders": False}  # what is measured as "ours": nobody's name, line and trace, only numbers
 Run = Callable[[int], float]  # from a number of cycles to the seconds they took
 Way = Callable[[], AbstractContextManager[Any]]

@@ -102,7 +102,7 @@ class Way:
         return observations
 
     def put(self, shelf, value, key, attributes):
-        return shelf.put(value, key) or (shelf.find(key, self.instrument, attributes) and shelf.put(value, key))
+        return shelf.put(value, key) or shelf.put_first(value, key, self.instrument, attributes)
 
     def collect(self, values, number=0):
         """Tell these values to this reader, and keep what it exports."""
@@ -233,7 +233,7 @@ def test_nothing_without_an_sdk():
     no_op = _ProxyMeterProvider().get_meter("m").create_observable_gauge("o")
     for foreign in (object(), None, no_op, Another(None), Another({}), Another({1: 2}), Another([3])):
         shelves.begin(foreign)
-        assert not shelves.of(shelves).find(("a",), foreign, {})
+        assert not shelves.of(shelves).put_first(1, ("a",), foreign, {})
         assert not shelves.of(shelves).put(1, ("a",))
 
 

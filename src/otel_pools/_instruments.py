@@ -108,7 +108,7 @@ class Instruments:
                             if value is None or shelf.put(value, key := (name, *extra.items())):
                                 continue
                             attributes = {**whose[pool_key], **extra}
-                            if not (shelf.find(key, self._observed[name], attributes) and shelf.put(value, key)):
+                            if not shelf.put_first(value, key, self._observed[name], attributes):
                                 observations.append(Observation(value, attributes, NOBODY))
             return observations
 

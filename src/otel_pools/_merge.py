@@ -45,7 +45,7 @@ def record_all(histogram: Histogram, samples: Sequence[float], attributes: Mappi
     histogram), all go through the public API.
     """
     rest = samples
-    real = getattr(histogram, "_real_instrument", histogram)  # before an SDK was set up, the API gave a stand-in
+    real = _real(histogram)
     if len(samples) >= FEW and _may_merge(real, _prove):
         histogram.record(samples[0], attributes)
         rest = samples[1:]
@@ -53,6 +53,11 @@ def record_all(histogram: Histogram, samples: Sequence[float], attributes: Mappi
             return
     for seconds in rest:
         histogram.record(seconds, attributes)
+
+
+def _real(instrument: Any) -> Any:
+    """The SDK's own: before one was set up, the API gave a stand-in."""
+    return getattr(instrument, "_real_instrument", instrument)
 
 
 def _may_merge(real: Any, prove: Callable[[Any], bool]) -> bool:
@@ -63,7 +68,8 @@ def _may_merge(real: Any, prove: Callable[[Any], bool]) -> bool:
             return False
         proven, kind = _proven.setdefault(consumer, {}), type(real)
         if kind not in proven:
-            proven[kind] = _is_proven(real, prove)
+            proven[kind] = False  # for good, if an SDK that we do not know raises
+            proven[kind] = prove(real)
         return proven[kind]
     except Exception:
         return False
@@ -80,13 +86,6 @@ def _named(thing: object, name: str) -> bool:
     """By name and not by class, so that no SDK is imported; and the SDK's own, not somebody's subclass."""
     kind = type(thing)
     return kind.__name__ == name and kind.__module__.startswith("opentelemetry.sdk.metrics.")
-
-
-def _is_proven(real: Any, prove: Callable[[Any], bool]) -> bool:
-    try:
-        return prove(real)
-    except Exception:  # whatever an SDK that we do not know may raise
-        return False
 
 
 def _prove(real: Any) -> bool:
@@ -219,8 +218,8 @@ class Shelf:
     Where the SDK keeps the values of one pool's series, to be put there without a measurement of each.
 
     By the public API a measurement is made, cleaned, hashed and looked up at
-    each collection, for the same series as the last time: two thirds of what
-    a collection takes with SDK 1.45.
+    each collection, for the same series as the last time: half of what a
+    collection takes with SDK 1.45.
     """
 
     __slots__ = ("_amount", "_known", "_storage")
@@ -242,13 +241,15 @@ class Shelf:
         aggregation.aggregate(self._amount, False)
         return True
 
-    def find(self, key: Key, instrument: Any, attributes: Mapping[str, str | int]) -> bool:
-        """Whether it is known now where the values of this series go: there is such a place if it was ever observed."""
-        real = getattr(instrument, "_real_instrument", instrument)
-        return self._storage is not None and _may_merge(real, _prove_shelf) and self.learn(key, real, attributes)
+    def put_first(self, value: float, key: Key, instrument: Any, attributes: Mapping[str, str | int]) -> bool:
+        """The same for a series that is put for the first time: there is a place for it if it was ever observed."""
+        real = _real(instrument)
+        if self._storage is None or not _may_merge(real, _prove_shelf):
+            return False
+        return self.learn(key, real, attributes) and self.put(value, key)
 
     def learn(self, key: Key, real: Any, attributes: Mapping[str, str | int]) -> bool:
-        """The same of an SDK that has been proven, or is to be."""
+        """Whether it is known now where the values of this series go; of an SDK that has been proven, or is to be."""
         try:
             # Of several views each has its own.
             (match,) = self._storage._instrument_view_instrument_matches[real]
@@ -290,7 +291,7 @@ class Shelves:
 
 def _only_storage(instrument: Any) -> Any:
     try:
-        consumer = getattr(instrument, "_real_instrument", instrument)._measurement_consumer
+        consumer = _real(instrument)._measurement_consumer
         (storage,) = consumer._reader_storages.values()
         return None if _wants_each(consumer._sdk_config.exemplar_filter) else storage
     except Exception:  # of an SDK that we do not know
