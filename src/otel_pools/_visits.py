@@ -60,7 +60,6 @@ class Visit:
         """A copy of a request has made no visit; and what it was copied with need not know us."""
         return type(None), ()
 
-    @property
     def has_left(self) -> bool:
         """Whether it is over, though the pool may not know: a cancelled close never tells it."""
         return self.since > 0.0 and self.connection is None

@@ -74,9 +74,13 @@ def _decoded(scheme: bytes, host: bytes, port: int | None) -> Origin:
 
 
 def _where(connection: Any) -> Origin:
-    """The origin that a connection serves, behind a proxy if there is one."""
-    origin = getattr(connection, "_remote_origin", None) or getattr(connection, "_origin", None)
-    return _origin(connection._proxy_origin if origin is None else origin)
+    """The origin that a connection serves, behind a proxy if there is one; it remembers it, as it serves no other."""
+    try:
+        known: Origin = connection._otel_pools_origin
+    except AttributeError:
+        origin = getattr(connection, "_remote_origin", None) or getattr(connection, "_origin", None)
+        known = connection._otel_pools_origin = _origin(connection._proxy_origin if origin is None else origin)
+    return known
 
 
 def complete(pool: Any) -> bool:
@@ -124,30 +128,40 @@ def read(pool: Any, _: Watch) -> Snapshot:
 
     `has_expired` is not asked: it polls the socket.
     """
-    open = [(connection, _inner(connection)) for connection in list(pool.connections)]
-    open = [(connection, inner) for connection, inner in open if not inner.is_closed()]
+    connections = list(pool.connections)
     requests = [one for one in list(pool._requests) if not _has_left(one)]
-    served = Counter(id(one.connection) for one in requests if one.connection is not None)
-    idle = {id(connection) for connection, inner in open if inner.is_idle()}
-    streams, waiting, most = _streams(pool, open, served)
+    served = [connection for one in requests if (connection := one.connection) is not None]
+    ids = {id(connection) for connection in served}
+    idle, active = _by_state(connections)
+    streams, waiting, most = _streams(pool, [*idle, *active], served)
     return Snapshot(
-        used=len(open) - len(idle),
+        used=len(active),
         idle=len(idle),
         max=_limit(pool._max_connections),
         idle_max=_limit(pool._max_keepalive_connections),
-        pending=sum(one.connection is None for one in requests),
-        orphaned=sum(id(connection) not in served and id(connection) not in idle for connection, _ in open),
+        pending=len(requests) - len(served),
+        orphaned=sum([id(connection) not in ids for connection in active]),
         streams=streams,
         streams_pending=waiting,
         streams_max=most,
-        origins=_by_origin((connection for connection, _ in open), idle, requests),
+        origins=_by_origin(active, idle, served),
     )
+
+
+def _by_state(connections: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """Those that are idle, and those in use; a closed one is neither."""
+    idle: list[Any] = []
+    active: list[Any] = []
+    for connection in connections:
+        if not connection.is_closed():
+            (idle if connection.is_idle() else active).append(connection)
+    return idle, active
 
 
 def _has_left(one: Any) -> bool:
     """Whether a request is over, though its pool holds on to it: as when its close was cancelled."""
     visit = visit_of(one.request)
-    return visit is not None and visit.has_left
+    return visit is not None and visit.has_left()
 
 
 def leases(pool: Any, _: Watch) -> Iterable[int]:
@@ -166,27 +180,20 @@ def _inner(connection: Any) -> Any:
     return connection
 
 
-def _streams(pool: Any, open: Iterable[tuple[Any, Any]], served: Counter[int]) -> tuple[int | None, ...]:
+def _streams(pool: Any, open: Iterable[Any], served: Iterable[Any]) -> tuple[int | None, ...]:
     """Streams in use, requests that wait for one, and how many there may be, over the HTTP/2 connections."""
-    multiplexed = [(connection, inner) for connection, inner in open if hasattr(inner, "_events")]
-    if not multiplexed and not getattr(pool, "_http2", False):
+    if not getattr(pool, "_http2", False):
         return None, None, None
+    multiplexed = [(one, inner) for one in open if hasattr(inner := _inner(one), "_events")]
+    requests = Counter(map(id, served))
     used = [len(inner._events) for _, inner in multiplexed]
-    waiting = [max(served[id(connection)] - busy, 0) for (connection, _), busy in zip(multiplexed, used, strict=True)]
+    waiting = [max(requests[id(one)] - busy, 0) for (one, _), busy in zip(multiplexed, used, strict=True)]
     # It has no limit before its first request.
     return sum(used), sum(waiting), sum(getattr(inner, "_max_streams", 0) for _, inner in multiplexed)
 
 
-def _by_origin(open: Iterable[Any], idle: set[int], requests: Iterable[Any]) -> dict[Origin, Load]:
-    places = {id(connection): _where(connection) for connection in open}
-    busy = Counter(place for key, place in places.items() if key not in idle)
-    resting = Counter(place for key, place in places.items() if key in idle)
-    # To ask a request for its origin takes longer than to find that of its connection.
-    under_way = Counter(
-        places.get(id(one.connection)) or _origin(one.request.url.origin)
-        for one in requests
-        if one.connection is not None
-    )
+def _by_origin(active: Iterable[Any], idle: Iterable[Any], served: Iterable[Any]) -> dict[Origin, Load]:
+    busy, resting, under_way = (Counter([_where(one) for one in those]) for those in (active, idle, served))
     return {origin: Load(busy[origin], resting[origin], under_way[origin]) for origin in {*busy, *resting, *under_way}}
 
 
