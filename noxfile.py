@@ -63,7 +63,8 @@ ONCE = (
 # What the main and the newest Python are enough for: CI has an hour.
 TWICE = (
     *("tests/bench/test_memory.py", "tests/targets/test_qdrant.py"),
-    *(f"tests/test_{room}.py" for room in ("endings", "interleavings", "live", "merge_values", "worlds")),
+    *(f"tests/test_{room}.py" for room in ("endings", "faults", "interleavings", "live", "merge_equal")),
+    *(f"tests/test_{room}.py" for room in ("merge_values", "statistics", "web", "worlds")),
 )
 # Of the tests, by Python; all others leave out both.
 LEFT_OUT = {PYTHONS[-1]: ONCE, MAIN: ()}
