@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -131,16 +132,16 @@ def read(pool: Any, _: Watch) -> Snapshot:
     connections = list(pool.connections)
     requests = [one for one in list(pool._requests) if not _has_left(one)]
     served = [connection for one in requests if (connection := one.connection) is not None]
-    ids = {id(connection) for connection in served}
+    requested = Counter(map(id, served))
     idle, active = _by_state(connections)
-    streams, waiting, most = _streams(pool, [*idle, *active], served)
+    streams, waiting, most = _streams(pool, chain(idle, active), requested)
     return Snapshot(
         used=len(active),
         idle=len(idle),
         max=_limit(pool._max_connections),
         idle_max=_limit(pool._max_keepalive_connections),
         pending=len(requests) - len(served),
-        orphaned=sum([id(connection) not in ids for connection in active]),
+        orphaned=sum([id(connection) not in requested for connection in active]),
         streams=streams,
         streams_pending=waiting,
         streams_max=most,
@@ -180,14 +181,13 @@ def _inner(connection: Any) -> Any:
     return connection
 
 
-def _streams(pool: Any, open: Iterable[Any], served: Iterable[Any]) -> tuple[int | None, ...]:
+def _streams(pool: Any, open: Iterable[Any], requested: Counter[int]) -> tuple[int | None, ...]:
     """Streams in use, requests that wait for one, and how many there may be, over the HTTP/2 connections."""
     if not getattr(pool, "_http2", False):
         return None, None, None
     multiplexed = [(one, inner) for one in open if hasattr(inner := _inner(one), "_events")]
-    requests = Counter(map(id, served))
     used = [len(inner._events) for _, inner in multiplexed]
-    waiting = [max(requests[id(one)] - busy, 0) for (one, _), busy in zip(multiplexed, used, strict=True)]
+    waiting = [max(requested[id(one)] - busy, 0) for (one, _), busy in zip(multiplexed, used, strict=True)]
     # It has no limit before its first request.
     return sum(used), sum(waiting), sum(getattr(inner, "_max_streams", 0) for _, inner in multiplexed)
 
